@@ -1,0 +1,60 @@
+//! Fork: what writes memory is told before it and, in the child, after it; all locks are held across it.
+
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
+
+use crate::sys::fork::{self, Locked};
+use crate::sys::{hold, tracking};
+use crate::Result;
+
+/// An object whose memory parent and child must not share.
+pub trait ForkAware: Send {
+    /// Called in the parent, before the fork.
+    fn before_fork(&mut self);
+    /// Called in the child, before anything else runs there.
+    fn enter_child(&mut self);
+}
+
+type Member = Weak<Mutex<dyn ForkAware>>;
+
+static MEMBERS: Mutex<Vec<Member>> = Mutex::new(Vec::new());
+
+fn members() -> MutexGuard<'static, Vec<Member>> {
+    MEMBERS.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// Have an object told of forks for as long as it lives.
+pub fn enlist(member: Member) -> Result<()> {
+    fork::at_fork(prepare, in_parent, in_child)?;
+    let mut all = members();
+    all.retain(|weak| weak.strong_count() > 0);
+    all.push(member);
+    Ok(())
+}
+
+extern "C" fn prepare() {
+    let list = members();
+    let mut locked: Vec<Locked<dyn ForkAware>> = list.iter().filter_map(Weak::upgrade).map(Locked::new).collect();
+    locked.iter_mut().for_each(|one| one.before_fork());
+    fork::keep_guard(Box::new(list));
+    for one in locked {
+        fork::keep_guard(Box::new(one));
+    }
+    fork::keep_guard(Box::new(tracking::lock()));
+    fork::keep_guard(Box::new(hold::lock()));
+    fork::keep_guard(Box::new(crate::layer::lock()));
+}
+
+extern "C" fn in_parent() {
+    fork::release_guards();
+}
+
+extern "C" fn in_child() {
+    fork::release_guards();
+    // Both belong to the parent's address space.
+    *tracking::lock() = None;
+    *hold::lock() = None;
+    let inherited: Vec<Arc<Mutex<dyn ForkAware>>> = members().drain(..).filter_map(|weak| weak.upgrade()).collect();
+    for one in inherited {
+        one.lock().unwrap_or_else(PoisonError::into_inner).enter_child();
+    }
+}

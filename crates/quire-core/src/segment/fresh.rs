@@ -1,0 +1,259 @@
+//! The first stage: shared mappings of unsealed memfds, one for each stripe. Nothing is tracked.
+
+use std::os::fd::{AsFd, OwnedFd};
+use std::sync::Arc;
+
+use super::frozen::Frozen;
+use super::tracking;
+use crate::layer::{Draft, Layer, Origins};
+use crate::pages::{FANOUT, PAGE, PageRange, PageSet, intersection, pages_for, total};
+use crate::snapshot::{Count, Snapshot, Stats};
+use crate::sys::area::{Access, Area, Sharing};
+use crate::sys::hold::{Hold, What};
+use crate::sys::memfd::{self, Piece};
+use crate::table::Entry;
+use crate::table::build::{Patch, Target, build};
+use crate::{Error, Result};
+
+/// A segment is cut into at most this many stripes when it is made, each of which can be given back by itself.
+const STRIPES: u64 = 16;
+/// Smaller stripes are not worth a descriptor.
+const STRIPE_PAGES_AT_LEAST: u64 = 4096;
+/// A hole of fewer pages is stored as zeros, so that runs stay long.
+pub(super) const HOLE_PAGES: u64 = 16;
+
+/// Pages in one stripe of a segment of so many pages: a multiple of 512.
+pub(super) fn stripe_pages(pages: u64) -> u64 {
+    pages.div_ceil(STRIPES).next_multiple_of(FANOUT).max(STRIPE_PAGES_AT_LEAST)
+}
+
+/// The stripes of a segment.
+pub(super) fn stripes_of(pages: u64) -> impl Iterator<Item = PageRange> {
+    let each = stripe_pages(pages);
+    (0..pages.div_ceil(each)).map(move |i| PageRange::between(i * each, ((i + 1) * each).min(pages)))
+}
+
+#[derive(Debug)]
+struct Stripe {
+    pages: PageRange,
+    fd: OwnedFd,
+}
+
+/// See the module.
+#[derive(Debug)]
+pub(super) struct Fresh {
+    stripes: Vec<Stripe>,
+    /// Stripes, from the first on, whose mapping is private already.
+    private: usize,
+    /// The files were taken to be sealed, so all of the mapping is private.
+    sealed: bool,
+}
+
+impl Fresh {
+    /// Map zero-filled memory files over the first pages of an area.
+    pub fn new(area: &Area, pages: u64) -> Result<Self> {
+        let mut fresh = Self { stripes: Vec::new(), private: 0, sealed: false };
+        for stripe in stripes_of(pages) {
+            let fd = memfd::create(c"quire-segment")?;
+            memfd::truncate(fd.as_fd(), stripe.len * PAGE)?;
+            fresh.stripes.push(Stripe { pages: stripe, fd });
+        }
+        for stripe in &fresh.stripes {
+            stripe.map(area, stripe.pages)?;
+        }
+        Ok(fresh)
+    }
+
+    pub fn is_partly_private(&self) -> bool {
+        self.private > 0
+    }
+
+    pub fn is_private(&self) -> bool {
+        self.sealed || self.private == self.stripes.len()
+    }
+
+    pub fn grow(&mut self, area: &Area, more: PageRange) -> Result<()> {
+        if more.len == 0 {
+            return Ok(());
+        }
+        let Some(last) = self.stripes.last_mut() else {
+            return Err(Error::Invalid("a segment without stripes".to_owned()));
+        };
+        memfd::truncate(last.fd.as_fd(), (more.end() - last.pages.start) * PAGE)?;
+        last.map(area, more)?;
+        last.pages.len = more.end() - last.pages.start;
+        Ok(())
+    }
+
+    /// Write through the files: a full memory is an error and not a signal.
+    pub fn write(&self, offset: u64, bytes: &[u8]) -> Result<()> {
+        for stripe in &self.stripes {
+            let (start, end) = (stripe.pages.start * PAGE, stripe.pages.end() * PAGE);
+            let (from, to) = (offset.max(start), (offset + bytes.len() as u64).min(end));
+            if from < to {
+                let part = &bytes[(from - offset) as usize..(to - offset) as usize];
+                memfd::write_pieces(stripe.fd.as_fd(), from - start, &[Piece::of(part)])?;
+            }
+        }
+        Ok(())
+    }
+
+    pub fn memory(&self) -> Result<super::Memory> {
+        let mut bytes = 0;
+        for stripe in &self.stripes {
+            bytes += memfd::status(stripe.fd.as_fd())?.allocated_bytes;
+        }
+        Ok(super::Memory { layer_bytes: bytes, live_bytes: bytes, ..super::Memory::default() })
+    }
+
+    pub fn check(&self, pages: u64) -> Result<()> {
+        let mut at = 0;
+        for stripe in &self.stripes {
+            if stripe.pages.start != at || memfd::status(stripe.fd.as_fd())?.size < stripe.pages.len * PAGE {
+                return Err(Error::Malformed(format!("stripe {:?} does not follow page {at}", stripe.pages)));
+            }
+            at = stripe.pages.end();
+        }
+        if at == pages { Ok(()) } else { Err(Error::Malformed(format!("stripes end at page {at} of {pages}"))) }
+    }
+
+    /// Make the files the layers of the first version, and the mapping private over them. Nothing is copied.
+    pub fn freeze(&mut self, area: &Area, size_bytes: u64) -> Result<(Frozen, Stats)> {
+        let tracking = tracking();
+        let mut zones = Vec::new();
+        for (i, stripe) in self.stripes.iter().enumerate() {
+            // Holes must not fill while they are replaced by plain zero memory.
+            let _hold = Hold::new(area, stripe.pages, What::NewPages, &tracking)?;
+            for (part, sparse) in blocks(stripe)? {
+                if sparse {
+                    area.map_zero(part.byte_offset(), part.byte_len(), Access::ReadWrite)?;
+                } else {
+                    let at = (part.start - stripe.pages.start) * PAGE;
+                    area.map_file(part.byte_offset(), part.byte_len(), stripe.fd.as_fd(), at, Sharing::Private, Access::ReadWrite)?;
+                }
+                zones.push((part, sparse));
+            }
+            self.private = i + 1;
+        }
+        self.sealed = true;
+        let (tip, stats) = seal(std::mem::take(&mut self.stripes), size_bytes)?;
+        let frozen = Frozen::start(area, Arc::new(tip), &zones, PageSet::default())?;
+        Ok((frozen, stats))
+    }
+
+    /// Hand the files over as a version, and go on with new ones.
+    pub fn sever(&mut self, area: &Area, size_bytes: u64) -> Result<(Arc<Snapshot>, Stats, Self)> {
+        let mut next = Self { stripes: Vec::new(), private: 0, sealed: false };
+        for stripe in &self.stripes {
+            let fd = memfd::create(c"quire-segment")?;
+            memfd::truncate(fd.as_fd(), stripe.pages.len * PAGE)?;
+            next.stripes.push(Stripe { pages: stripe.pages, fd });
+        }
+        for stripe in &next.stripes {
+            stripe.map(area, stripe.pages)?;
+        }
+        let (tip, stats) = seal(std::mem::take(&mut self.stripes), size_bytes)?;
+        Ok((Arc::new(tip), stats, next))
+    }
+}
+
+impl Stripe {
+    fn map(&self, area: &Area, part: PageRange) -> Result<()> {
+        let at = (part.start - self.pages.start) * PAGE;
+        area.map_file(part.byte_offset(), part.byte_len(), self.fd.as_fd(), at, Sharing::Shared, Access::ReadWrite)?;
+        area.advise(part.byte_offset(), part.byte_len(), libc::MADV_NOHUGEPAGE);
+        Ok(())
+    }
+}
+
+/// A stripe cut into blocks of 512 pages with and without (true) any data.
+fn blocks(stripe: &Stripe) -> Result<Vec<(PageRange, bool)>> {
+    let mut out: Vec<(PageRange, bool)> = Vec::new();
+    let mut push = |range: PageRange, sparse| {
+        if range.len > 0 {
+            out.push((PageRange::new(stripe.pages.start + range.start, range.len), sparse));
+        }
+    };
+    let mut at = 0;
+    let mut pending = PageRange::new(0, 0);
+    for data in memfd::data_ranges(stripe.fd.as_fd(), stripe.pages.len)? {
+        let start = data.start / FANOUT * FANOUT;
+        let end = data.end().next_multiple_of(FANOUT).min(stripe.pages.len);
+        if pending.len > 0 && start <= pending.end() {
+            pending.len = end.max(pending.end()) - pending.start;
+            continue;
+        }
+        push(PageRange::between(at, pending.start), true);
+        push(pending, false);
+        at = pending.end();
+        pending = PageRange::between(start, end);
+    }
+    push(PageRange::between(at, pending.start), true);
+    push(pending, false);
+    push(PageRange::between(pending.end().max(at), stripe.pages.len), true);
+    Ok(out)
+}
+
+/// Ranges of a file that hold data, with short holes included.
+fn runs(stripe: &Stripe) -> Result<Vec<PageRange>> {
+    let mut out: Vec<PageRange> = Vec::new();
+    for data in memfd::data_ranges(stripe.fd.as_fd(), stripe.pages.len)? {
+        match out.last_mut() {
+            Some(last) if data.start - last.end() < HOLE_PAGES => last.len = data.end() - last.start,
+            _ => out.push(data),
+        }
+    }
+    Ok(out)
+}
+
+/// Seal every file as a layer; the last one carries the page table.
+fn seal(mut stripes: Vec<Stripe>, size_bytes: u64) -> Result<(Snapshot, Stats)> {
+    let pages = pages_for(size_bytes);
+    let Some(last) = stripes.pop() else {
+        return Err(Error::Invalid("a segment without stripes".to_owned()));
+    };
+    let mut patches = Vec::new();
+    let mut others = Vec::new();
+    for stripe in stripes {
+        let held = runs(&stripe)?;
+        if held.is_empty() {
+            continue;
+        }
+        patches.extend(held.iter().map(|run| Patch {
+            pages: PageRange::new(stripe.pages.start + run.start, run.len),
+            target: Target::Other { layer: others.len(), index: run.start },
+        }));
+        others.push(Layer::seal(Draft {
+            fd: stripe.fd,
+            data_pages: stripe.pages.len,
+            nodes: Vec::new(),
+            imports: Vec::new(),
+            size_bytes: 0,
+            root: Entry::ZERO,
+            origins: Origins::default(),
+        })?);
+    }
+    patches.extend(runs(&last)?.iter().map(|run| Patch {
+        pages: PageRange::new(last.pages.start + run.start, run.len),
+        target: Target::Own { index: run.start },
+    }));
+    debug_assert_eq!(total(&intersection(&[PageRange::new(0, pages)], &patches.iter().map(|p| p.pages).collect::<Vec<_>>())),
+        patches.iter().map(|p| p.pages.len).sum::<u64>());
+    let table = build(None, pages, &patches, &others, &[])?;
+    let nodes_written = table.own.nodes;
+    let top = Layer::seal(Draft {
+        fd: last.fd,
+        data_pages: last.pages.len,
+        nodes: table.nodes,
+        imports: table.imports.iter().map(|layer| layer.trailer().id).collect(),
+        size_bytes,
+        root: table.root,
+        origins: Origins::default(),
+    })?;
+    let mut layers = vec![top];
+    let mut counts: Vec<Count> = vec![table.own];
+    layers.extend(others);
+    counts.extend(&table.others);
+    let snapshot = Snapshot::trusted(layers, counts)?;
+    Ok((snapshot, Stats { pages_scanned: pages, pages_copied: 0, nodes_written, duration_ns: 0 }))
+}

@@ -1,0 +1,89 @@
+//! What happens around `fork`: locks are taken before it and released after it on both sides.
+#![allow(unsafe_code)]
+
+use std::any::Any;
+use std::cell::RefCell;
+use std::mem::ManuallyDrop;
+use std::ops::{Deref, DerefMut};
+use std::sync::{Arc, Mutex, MutexGuard, Once, PoisonError};
+
+use crate::{Error, Result};
+
+thread_local! {
+    /// Guards taken by `prepare`, dropped by the thread that forked, in the parent and, as its copy, in the child.
+    static GUARDS: RefCell<Vec<Box<dyn Any>>> = const { RefCell::new(Vec::new()) };
+}
+
+/// Install handlers once for the process.
+pub fn at_fork(prepare: extern "C" fn(), parent: extern "C" fn(), child: extern "C" fn()) -> Result<()> {
+    static ONCE: Once = Once::new();
+    let mut outcome = Ok(());
+    ONCE.call_once(|| {
+        unsafe extern "C" {
+            fn pthread_atfork(
+                prepare: Option<extern "C" fn()>,
+                parent: Option<extern "C" fn()>,
+                child: Option<extern "C" fn()>,
+            ) -> i32;
+        }
+        // SAFETY: the three functions live as long as the process: the extension is never unloaded.
+        let rc = unsafe { pthread_atfork(Some(prepare), Some(parent), Some(child)) };
+        if rc != 0 {
+            outcome = Err(Error::os("pthread_atfork", rc));
+        }
+    });
+    outcome
+}
+
+/// Keep a lock's guard until `release_guards`.
+pub fn keep_guard(guard: Box<dyn Any>) {
+    GUARDS.with(|guards| guards.borrow_mut().push(guard));
+}
+
+/// Drop the guards, last taken first.
+pub fn release_guards() {
+    let guards = GUARDS.with(RefCell::take);
+    for guard in guards.into_iter().rev() {
+        drop(guard);
+    }
+}
+
+/// A taken lock together with the object that it locks, so that it can be kept anywhere.
+pub struct Locked<T: ?Sized + 'static> {
+    guard: ManuallyDrop<MutexGuard<'static, T>>,
+    owner: ManuallyDrop<Arc<Mutex<T>>>,
+}
+
+impl<T: ?Sized + 'static> Locked<T> {
+    #[must_use]
+    pub fn new(owner: Arc<Mutex<T>>) -> Self {
+        let guard = owner.lock().unwrap_or_else(PoisonError::into_inner);
+        // SAFETY: the guard borrows from the Arc's allocation, which `owner` keeps alive and in place; Drop releases
+        // the guard before the Arc, so the borrow never outlives what it borrows from.
+        let guard = unsafe { std::mem::transmute::<MutexGuard<'_, T>, MutexGuard<'static, T>>(guard) };
+        Self { guard: ManuallyDrop::new(guard), owner: ManuallyDrop::new(owner) }
+    }
+}
+
+impl<T: ?Sized + 'static> Deref for Locked<T> {
+    type Target = T;
+    fn deref(&self) -> &T {
+        &self.guard
+    }
+}
+
+impl<T: ?Sized + 'static> DerefMut for Locked<T> {
+    fn deref_mut(&mut self) -> &mut T {
+        &mut self.guard
+    }
+}
+
+impl<T: ?Sized + 'static> Drop for Locked<T> {
+    fn drop(&mut self) {
+        // SAFETY: each is dropped once, here, guard first.
+        unsafe {
+            ManuallyDrop::drop(&mut self.guard);
+            ManuallyDrop::drop(&mut self.owner);
+        }
+    }
+}

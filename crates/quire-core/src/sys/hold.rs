@@ -1,0 +1,226 @@
+//! Holding writers: while a `Hold` lives, stores to its range wait; reads go on.
+//!
+//! Two ways. A second, synchronous userfaultfd registered for missing pages and write protection: the kernel
+//! lets storing threads sleep until they are woken. Or mprotect to read-only and a SIGSEGV handler in which the
+//! storing thread waits; every fault that is not ours goes to the handler installed before.
+#![allow(unsafe_code)]
+
+use std::mem::MaybeUninit;
+use std::sync::atomic::{AtomicPtr, AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use crate::pages::PageRange;
+use crate::sys::area::{Access, Area};
+use crate::sys::tracking::Tracking;
+use crate::sys::uffd::{self, Uffd};
+use crate::{Error, Result};
+
+/// What is held.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum What {
+    /// Every store.
+    Stores,
+    /// Only touches of pages that have no memory yet, so that holes stay holes.
+    NewPages,
+}
+
+/// Writers of a range wait while this lives.
+pub struct Hold<'a> {
+    area: &'a Area,
+    range: PageRange,
+    how: How,
+}
+
+enum How {
+    Userfault(Arc<Uffd>),
+    Signal(usize),
+}
+
+static SYNCHRONOUS: Mutex<Option<Arc<Uffd>>> = Mutex::new(None);
+
+pub(crate) fn lock() -> MutexGuard<'static, Option<Arc<Uffd>>> {
+    SYNCHRONOUS.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+fn synchronous() -> Result<Arc<Uffd>> {
+    let mut guard = lock();
+    if let Some(uffd) = &*guard {
+        return Ok(Arc::clone(uffd));
+    }
+    let features = uffd::FEATURE_PAGEFAULT_FLAG_WP | uffd::FEATURE_MISSING_SHMEM | uffd::FEATURE_WP_HUGETLBFS_SHMEM;
+    let uffd = Arc::new(Uffd::open(features)?);
+    *guard = Some(Arc::clone(&uffd));
+    Ok(uffd)
+}
+
+impl<'a> Hold<'a> {
+    /// Hold the writers of a range. Registration with the tracker is lost: register what is there after the drop.
+    pub fn new(area: &'a Area, range: PageRange, what: What, tracking: &Tracking) -> Result<Self> {
+        let addr = area.addr() + range.byte_offset();
+        let how = match tracking.uffd() {
+            Some(marks) => {
+                let uffd = synchronous()?;
+                marks.unregister(addr, range.byte_len())?;
+                let mode = match what {
+                    What::Stores => uffd::MODE_MISSING | uffd::MODE_WP,
+                    What::NewPages => uffd::MODE_MISSING,
+                };
+                uffd.register(addr, range.byte_len(), mode)?;
+                let hold = Self { area, range, how: How::Userfault(Arc::clone(&uffd)) };
+                if what == What::Stores {
+                    uffd.write_protect(addr, range.byte_len())?;
+                }
+                return Ok(hold);
+            }
+            None => How::Signal(announce(addr, addr + range.byte_len())?),
+        };
+        let hold = Self { area, range, how };
+        hold.area.protect(range.byte_offset(), range.byte_len(), Access::Read)?;
+        Ok(hold)
+    }
+}
+
+impl Drop for Hold<'_> {
+    fn drop(&mut self) {
+        let (addr, len) = (self.area.addr() + self.range.byte_offset(), self.range.byte_len());
+        match &self.how {
+            How::Userfault(uffd) => {
+                // Parts that were not replaced are released by unregistering; neither call can fail for a range that
+                // is mapped throughout, and a thread that were left waiting could not be helped otherwise.
+                let released = uffd.unregister(addr, len).and(uffd.wake(addr, len));
+                debug_assert!(released.is_ok(), "{released:?}");
+            }
+            How::Signal(slot) => {
+                let opened = self.area.protect(self.range.byte_offset(), len, Access::ReadWrite);
+                debug_assert!(opened.is_ok(), "{opened:?}");
+                HELD[*slot].state.store(RELEASED, Ordering::Release);
+            }
+        }
+    }
+}
+
+/// A range that is, or lately was, held by mprotect. The bounds stay after the release: a store that faulted just
+/// before it must be repeated, not reported.
+struct Slot {
+    start: AtomicUsize,
+    end: AtomicUsize,
+    state: AtomicUsize,
+}
+
+const RELEASED: usize = 0;
+const CHANGING: usize = 1;
+const ACTIVE: usize = 2;
+const SLOTS: usize = 64;
+static HELD: [Slot; SLOTS] = [const {
+    Slot { start: AtomicUsize::new(0), end: AtomicUsize::new(0), state: AtomicUsize::new(RELEASED) }
+}; SLOTS];
+/// The action that was there before ours; leaked when replaced, because a handler may be reading it.
+static PREVIOUS: AtomicPtr<libc::sigaction> = AtomicPtr::new(std::ptr::null_mut());
+static INSTALLING: Mutex<()> = Mutex::new(());
+
+fn announce(start: usize, end: usize) -> Result<usize> {
+    install()?;
+    for (i, slot) in HELD.iter().enumerate() {
+        if slot.state.compare_exchange(RELEASED, CHANGING, Ordering::AcqRel, Ordering::Relaxed).is_ok() {
+            slot.start.store(start, Ordering::Release);
+            slot.end.store(end, Ordering::Release);
+            slot.state.store(ACTIVE, Ordering::Release);
+            return Ok(i);
+        }
+    }
+    Err(Error::Unsupported(format!("more than {SLOTS} segments are taking a snapshot at once")))
+}
+
+/// Install our handler unless it is the current one.
+fn install() -> Result<()> {
+    let _one = INSTALLING.lock().unwrap_or_else(PoisonError::into_inner);
+    let mut old = MaybeUninit::<libc::sigaction>::zeroed();
+    // SAFETY: asking for the current action only writes `old`.
+    if unsafe { libc::sigaction(libc::SIGSEGV, std::ptr::null(), old.as_mut_ptr()) } != 0 {
+        return Err(Error::last_os("sigaction"));
+    }
+    // SAFETY: zeroed, then filled by the call above; the struct is plain data.
+    let old = unsafe { old.assume_init() };
+    let ours: extern "C" fn(i32, *mut libc::siginfo_t, *mut libc::c_void) = on_fault;
+    if old.sa_sigaction == ours as usize {
+        return Ok(());
+    }
+    PREVIOUS.store(Box::into_raw(Box::new(old)), Ordering::Release);
+    // SAFETY: an all-zero sigaction is valid; the fields that matter are set below.
+    let mut new: libc::sigaction = unsafe { std::mem::zeroed() };
+    new.sa_sigaction = ours as usize;
+    new.sa_flags = libc::SA_SIGINFO | libc::SA_ONSTACK | libc::SA_NODEFER;
+    // SAFETY: the handler is async-signal-safe: atomics, nanosleep, and what the previous handler does.
+    if unsafe { libc::sigaction(libc::SIGSEGV, &raw const new, std::ptr::null_mut()) } != 0 {
+        return Err(Error::last_os("sigaction"));
+    }
+    Ok(())
+}
+
+extern "C" fn on_fault(signal: i32, info: *mut libc::siginfo_t, context: *mut libc::c_void) {
+    // SAFETY: the kernel passes a valid siginfo to an SA_SIGINFO handler of SIGSEGV.
+    let addr = unsafe { (*info).si_addr() } as usize;
+    let mut lately_held = false;
+    for slot in &HELD {
+        let inside = || (slot.start.load(Ordering::Acquire)..slot.end.load(Ordering::Acquire)).contains(&addr);
+        if !inside() {
+            continue;
+        }
+        lately_held = true;
+        let errno = errno();
+        while slot.state.load(Ordering::Acquire) != RELEASED && inside() {
+            let pause = libc::timespec { tv_sec: 0, tv_nsec: 50_000 };
+            // SAFETY: async-signal-safe; `pause` outlives the call.
+            unsafe { libc::nanosleep(&raw const pause, std::ptr::null_mut()) };
+        }
+        set_errno(errno);
+    }
+    if lately_held && repeats_are_few(addr) {
+        return;
+    }
+    chain(signal, info, context);
+}
+
+/// False once the same address faults again and again: then the fault is real, for example in a closed segment.
+fn repeats_are_few(addr: usize) -> bool {
+    const MANY: usize = 1000;
+    static LAST: AtomicUsize = AtomicUsize::new(0);
+    static TIMES: AtomicUsize = AtomicUsize::new(0);
+    if LAST.swap(addr, Ordering::AcqRel) != addr {
+        TIMES.store(0, Ordering::Release);
+    }
+    TIMES.fetch_add(1, Ordering::AcqRel) < MANY
+}
+
+fn chain(signal: i32, info: *mut libc::siginfo_t, context: *mut libc::c_void) {
+    let previous = PREVIOUS.load(Ordering::Acquire);
+    // SAFETY: either null or a leaked box that is never freed.
+    let action = if previous.is_null() { None } else { Some(unsafe { &*previous }) };
+    match action {
+        Some(action) if action.sa_sigaction != libc::SIG_DFL && action.sa_sigaction != libc::SIG_IGN => {
+            if action.sa_flags & libc::SA_SIGINFO != 0 {
+                // SAFETY: the action was installed with SA_SIGINFO, so its handler has this type.
+                let handler: extern "C" fn(i32, *mut libc::siginfo_t, *mut libc::c_void) =
+                    unsafe { std::mem::transmute(action.sa_sigaction) };
+                handler(signal, info, context);
+            } else {
+                // SAFETY: the action was installed without SA_SIGINFO, so its handler has this type.
+                let handler: extern "C" fn(i32) = unsafe { std::mem::transmute(action.sa_sigaction) };
+                handler(signal);
+            }
+        }
+        _ => {
+            // SAFETY: restoring the default action; returning then repeats the fault, which ends the process.
+            unsafe { libc::signal(libc::SIGSEGV, libc::SIG_DFL) };
+        }
+    }
+}
+
+fn errno() -> i32 {
+    std::io::Error::last_os_error().raw_os_error().unwrap_or(0)
+}
+
+fn set_errno(value: i32) {
+    // SAFETY: the location is this thread's errno.
+    unsafe { *libc::__errno_location() = value };
+}

@@ -1,0 +1,12 @@
+//! The kernel, one file per facility. Nothing above this module makes a system call.
+
+pub mod area;
+pub mod fork;
+pub mod hold;
+pub mod memfd;
+pub mod memory;
+pub mod pagemap;
+pub mod random;
+pub mod sysv;
+pub mod tracking;
+pub mod uffd;

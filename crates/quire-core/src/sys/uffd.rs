@@ -1,0 +1,117 @@
+//! userfaultfd: opening one by whatever way is allowed, and its ioctls.
+#![allow(unsafe_code)]
+
+use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
+
+use crate::{Error, Result};
+
+pub const FEATURE_PAGEFAULT_FLAG_WP: u64 = 1 << 0;
+pub const FEATURE_MISSING_SHMEM: u64 = 1 << 5;
+pub const FEATURE_WP_HUGETLBFS_SHMEM: u64 = 1 << 12;
+pub const FEATURE_WP_UNPOPULATED: u64 = 1 << 13;
+pub const FEATURE_WP_ASYNC: u64 = 1 << 15;
+
+pub const MODE_MISSING: u64 = 1 << 0;
+pub const MODE_WP: u64 = 1 << 1;
+
+const UFFD_API: u64 = 0xAA;
+const USER_MODE_ONLY: i32 = 1;
+
+const fn ioctl_nr(dir: u64, nr: u64, size: usize) -> u64 {
+    dir << 30 | (size as u64) << 16 | 0xAA << 8 | nr
+}
+
+const READ: u64 = 2;
+const READ_WRITE: u64 = 3;
+const IOC_NEW: u64 = ioctl_nr(0, 0x00, 0);
+const IOC_API: u64 = ioctl_nr(READ_WRITE, 0x3F, 24);
+const IOC_REGISTER: u64 = ioctl_nr(READ_WRITE, 0x00, 32);
+const IOC_UNREGISTER: u64 = ioctl_nr(READ, 0x01, 16);
+const IOC_WAKE: u64 = ioctl_nr(READ, 0x02, 16);
+const IOC_WRITEPROTECT: u64 = ioctl_nr(READ_WRITE, 0x06, 24);
+
+/// An open userfaultfd. Belongs to the process that opened it; useless in a forked child.
+#[derive(Debug)]
+pub struct Uffd(OwnedFd);
+
+impl Uffd {
+    /// Open one with these features, by the device, the system call, or the system call for user-mode faults only.
+    pub fn open(features: u64) -> Result<Self> {
+        let mut failure = Error::os("userfaultfd", libc::ENOSYS);
+        for how in [from_device, from_call, from_user_mode_call] {
+            match how().and_then(|fd| handshake(fd, features)) {
+                Ok(fd) => return Ok(Self(fd)),
+                Err(error) => failure = error,
+            }
+        }
+        Err(failure)
+    }
+
+    fn ioctl<const N: usize>(&self, call: &'static str, nr: u64, words: &mut [u64; N]) -> Result<()> {
+        loop {
+            // SAFETY: each ioctl number above encodes the size of its argument, which is N words.
+            let rc = unsafe { libc::ioctl(self.0.as_raw_fd(), nr as _, words.as_mut_ptr()) };
+            if rc == 0 {
+                return Ok(());
+            }
+            let error = Error::last_os(call);
+            // The address space was changing under the call: it asks to be repeated.
+            if error.errno() != libc::EAGAIN {
+                return Err(error);
+            }
+        }
+    }
+
+    pub fn register(&self, addr: usize, len: usize, mode: u64) -> Result<()> {
+        self.ioctl("ioctl(UFFDIO_REGISTER)", IOC_REGISTER, &mut [addr as u64, len as u64, mode, 0])
+    }
+
+    pub fn unregister(&self, addr: usize, len: usize) -> Result<()> {
+        self.ioctl("ioctl(UFFDIO_UNREGISTER)", IOC_UNREGISTER, &mut [addr as u64, len as u64])
+    }
+
+    /// Let threads that wait in the range try again.
+    pub fn wake(&self, addr: usize, len: usize) -> Result<()> {
+        self.ioctl("ioctl(UFFDIO_WAKE)", IOC_WAKE, &mut [addr as u64, len as u64])
+    }
+
+    pub fn write_protect(&self, addr: usize, len: usize) -> Result<()> {
+        self.ioctl("ioctl(UFFDIO_WRITEPROTECT)", IOC_WRITEPROTECT, &mut [addr as u64, len as u64, 1])
+    }
+}
+
+fn owned(call: &'static str, fd: i64) -> Result<OwnedFd> {
+    if fd < 0 {
+        return Err(Error::last_os(call));
+    }
+    // SAFETY: the descriptor was just returned to us by the kernel and nobody else owns it.
+    Ok(unsafe { OwnedFd::from_raw_fd(fd as i32) })
+}
+
+fn from_device() -> Result<OwnedFd> {
+    // SAFETY: the path is a NUL-terminated literal.
+    let device = owned("open(/dev/userfaultfd)", i64::from(unsafe {
+        libc::open(c"/dev/userfaultfd".as_ptr(), libc::O_RDWR | libc::O_CLOEXEC)
+    }))?;
+    // SAFETY: USERFAULTFD_IOC_NEW takes the flags by value.
+    owned("ioctl(USERFAULTFD_IOC_NEW)", i64::from(unsafe {
+        libc::ioctl(device.as_raw_fd(), IOC_NEW as _, libc::O_CLOEXEC)
+    }))
+}
+
+fn from_call() -> Result<OwnedFd> {
+    // SAFETY: the call takes flags only.
+    owned("userfaultfd", unsafe { libc::syscall(libc::SYS_userfaultfd, libc::O_CLOEXEC) })
+}
+
+fn from_user_mode_call() -> Result<OwnedFd> {
+    // SAFETY: the call takes flags only.
+    owned("userfaultfd", unsafe { libc::syscall(libc::SYS_userfaultfd, libc::O_CLOEXEC | USER_MODE_ONLY) })
+}
+
+fn handshake(fd: OwnedFd, features: u64) -> Result<OwnedFd> {
+    let mut api = [UFFD_API, features, 0];
+    // SAFETY: UFFDIO_API takes three words, which `api` holds.
+    let rc = unsafe { libc::ioctl(fd.as_raw_fd(), IOC_API as _, api.as_mut_ptr()) };
+    if rc == 0 { Ok(fd) } else { Err(Error::last_os("ioctl(UFFDIO_API)")) }
+}

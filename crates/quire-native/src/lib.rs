@@ -1,0 +1,23 @@
+//! The module `quire._native`: a thin binding of `quire-core`. No logic lives here.
+
+mod door;
+mod errors;
+mod live;
+mod mapping;
+mod segment;
+mod snapshot;
+
+use pyo3::prelude::*;
+
+#[pymodule(gil_used = true)]
+fn _native(module: &Bound<'_, PyModule>) -> PyResult<()> {
+    module.add("PAGE_SIZE", quire_core::PAGE)?;
+    module.add("MAX_LAYERS", quire_core::MAX_LAYERS)?;
+    module.add_class::<snapshot::Snapshot>()?;
+    module.add_class::<segment::Segment>()?;
+    module.add_class::<mapping::Mapping>()?;
+    module.add_class::<live::LiveSegment>()?;
+    module.add_class::<live::WritableAlias>()?;
+    module.add_class::<live::MirrorView>()?;
+    Ok(())
+}
