@@ -1,7 +1,5 @@
 //! Pages, ranges of them, and sparse sets of them.
 
-use std::collections::BTreeMap;
-
 /// Bytes in a page; the formats fix it, and `Segment::new` refuses kernels with another.
 pub const PAGE: u64 = 4096;
 /// Entries in a page-table node, and pages in the block that one leaf node covers.
@@ -55,7 +53,7 @@ pub const fn pages_for(bytes: u64) -> u64 {
     bytes.div_ceil(PAGE)
 }
 
-/// Append a range, joining it to the last one where they touch.
+/// Append an ascending range, joining it to the last one where they touch.
 pub fn push_merged(ranges: &mut Vec<PageRange>, range: PageRange) {
     if range.len == 0 {
         return;
@@ -69,6 +67,9 @@ pub fn push_merged(ranges: &mut Vec<PageRange>, range: PageRange) {
 /// The union of two ascending, disjoint lists.
 #[must_use]
 pub fn union(a: &[PageRange], b: &[PageRange]) -> Vec<PageRange> {
+    if a.is_empty() || b.is_empty() {
+        return if a.is_empty() { b.to_vec() } else { a.to_vec() };
+    }
     let mut all: Vec<PageRange> = a.iter().chain(b).copied().collect();
     all.sort_unstable();
     let mut out: Vec<PageRange> = Vec::with_capacity(all.len());
@@ -128,6 +129,14 @@ pub fn intersection(a: &[PageRange], b: &[PageRange]) -> Vec<PageRange> {
     out
 }
 
+/// The part of an ascending, disjoint list that lies in one range.
+#[must_use]
+pub fn clip(ranges: &[PageRange], to: PageRange) -> Vec<PageRange> {
+    let first = ranges.partition_point(|range| range.end() <= to.start);
+    let upto = ranges.partition_point(|range| range.start < to.end());
+    ranges[first..upto.max(first)].iter().map(|range| range.intersect(&to)).collect()
+}
+
 #[must_use]
 pub fn total(ranges: &[PageRange]) -> u64 {
     ranges.iter().map(|r| r.len).sum()
@@ -136,7 +145,7 @@ pub fn total(ranges: &[PageRange]) -> u64 {
 /// A sparse set of page numbers: one bitmap for each block of 512 that has any.
 #[derive(Default, Debug)]
 pub struct PageSet {
-    blocks: BTreeMap<u64, [u64; 8]>,
+    blocks: Vec<Option<Box<[u64; 8]>>>,
     count: u64,
 }
 
@@ -154,76 +163,86 @@ impl PageSet {
     #[must_use]
     pub fn contains(&self, page: u64) -> bool {
         let bit = page % FANOUT;
-        self.blocks.get(&(page / FANOUT)).is_some_and(|b| b[(bit / 64) as usize] >> (bit % 64) & 1 == 1)
+        self.block(page / FANOUT).is_some_and(|bits| bits[(bit / 64) as usize] >> (bit % 64) & 1 == 1)
     }
 
     pub fn insert(&mut self, range: PageRange) {
-        self.update(range, true);
+        if range.len > 0 {
+            let last = ((range.end() - 1) / FANOUT) as usize;
+            if last >= self.blocks.len() {
+                self.blocks.resize_with(last + 1, || None);
+            }
+        }
+        for (block, part) in parts(range) {
+            let bits = self.blocks[block as usize].get_or_insert_default();
+            self.count += update(bits, part, block, |word, mask| word | mask);
+        }
     }
 
     pub fn remove(&mut self, range: PageRange) {
-        if self.count > 0 {
-            self.update(range, false);
+        if self.count == 0 {
+            return;
+        }
+        for (block, part) in parts(range) {
+            let Some(slot) = self.blocks.get_mut(block as usize) else { break };
+            if let Some(bits) = slot {
+                // Wrapping, because pages go away: the difference is negative.
+                self.count = self.count.wrapping_add(update(bits, part, block, |word, mask| word & !mask));
+                if bits.iter().all(|word| *word == 0) {
+                    *slot = None;
+                }
+            }
         }
     }
 
     /// Pages of the set within a range.
     #[must_use]
     pub fn count_in(&self, range: PageRange) -> u64 {
-        if range.len == 0 {
-            return 0;
-        }
-        let first = range.start / FANOUT;
-        let last = (range.end() - 1) / FANOUT;
-        let mut n = 0;
-        for (&block, bits) in self.blocks.range(first..=last) {
-            let part = range.intersect(&PageRange::new(block * FANOUT, FANOUT));
-            n += (0..8).map(|w| u64::from((bits[w as usize] & word_mask(part, block, w)).count_ones())).sum::<u64>();
-        }
-        n
+        let in_block = |(block, part): (u64, PageRange)| {
+            self.block(block).map_or(0, |bits| {
+                (0..8).map(|w| u64::from((bits[w as usize] & word_mask(part, block, w)).count_ones())).sum()
+            })
+        };
+        if self.count == 0 { 0 } else { parts(range).map(in_block).sum::<u64>() }
     }
 
     /// The set as ascending ranges, within a range.
     #[must_use]
     pub fn ranges_in(&self, range: PageRange) -> Vec<PageRange> {
         let mut out = Vec::new();
-        if range.len == 0 {
-            return out;
-        }
-        for (&block, bits) in self.blocks.range(range.start / FANOUT..=(range.end() - 1) / FANOUT) {
-            let part = range.intersect(&PageRange::new(block * FANOUT, FANOUT));
-            for page in part.start..part.end() {
-                let bit = page % FANOUT;
-                if bits[(bit / 64) as usize] >> (bit % 64) & 1 == 1 {
-                    push_merged(&mut out, PageRange::new(page, 1));
-                }
+        for (block, part) in parts(range) {
+            if self.block(block).is_some() {
+                (part.start..part.end())
+                    .filter(|page| self.contains(*page))
+                    .for_each(|page| push_merged(&mut out, PageRange::new(page, 1)));
             }
         }
         out
     }
 
-    fn update(&mut self, range: PageRange, on: bool) {
-        if range.len == 0 {
-            return;
-        }
-        for block in range.start / FANOUT..=(range.end() - 1) / FANOUT {
-            if !on && !self.blocks.contains_key(&block) {
-                continue;
-            }
-            let part = range.intersect(&PageRange::new(block * FANOUT, FANOUT));
-            let bits = self.blocks.entry(block).or_default();
-            for w in 0..8u64 {
-                let mask = word_mask(part, block, w);
-                let word = &mut bits[w as usize];
-                let before = word.count_ones();
-                if on { *word |= mask } else { *word &= !mask }
-                self.count = self.count + u64::from(word.count_ones()) - u64::from(before);
-            }
-            if !on && bits.iter().all(|w| *w == 0) {
-                self.blocks.remove(&block);
-            }
-        }
+    fn block(&self, block: u64) -> Option<&[u64; 8]> {
+        self.blocks.get(block as usize)?.as_deref()
     }
+}
+
+/// The blocks that a range touches, with the part of it in each.
+fn parts(range: PageRange) -> impl Iterator<Item = (u64, PageRange)> {
+    let blocks = if range.len == 0 { 0..0 } else { range.start / FANOUT..(range.end() - 1) / FANOUT + 1 };
+    blocks.map(move |block| (block, range.intersect(&PageRange::new(block * FANOUT, FANOUT))))
+}
+
+/// Change the bits of `part`; returns by how much their number changed, wrapping.
+fn update(bits: &mut [u64; 8], part: PageRange, block: u64, change: impl Fn(u64, u64) -> u64) -> u64 {
+    let mut by = 0u64;
+    let first = (part.start % FANOUT) / 64;
+    let last = ((part.end() - 1) % FANOUT) / 64;
+    for w in first..=last {
+        let word = &mut bits[w as usize];
+        let after = change(*word, word_mask(part, block, w));
+        by = by.wrapping_add(u64::from(after.count_ones())).wrapping_sub(u64::from(word.count_ones()));
+        *word = after;
+    }
+    by
 }
 
 /// The bits of word `w` of a block that lie in `part`.
@@ -272,6 +291,6 @@ mod tests {
         assert_eq!(set.ranges_in(PageRange::between(0, 1024)), r(&[(510, 511), (513, 515)]));
         assert_eq!(set.count_in(PageRange::between(511, 514)), 1);
         set.remove(PageRange::between(0, 1024));
-        assert!(set.is_empty() && set.blocks.is_empty());
+        assert!(set.is_empty() && set.blocks.iter().all(Option::is_none));
     }
 }

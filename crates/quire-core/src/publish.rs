@@ -71,7 +71,7 @@ impl Edition<'_> {
             fd,
             data_pages: written,
             nodes: table.nodes,
-            imports: table.imports.iter().map(|layer| layer.trailer().id).collect(),
+            imports: table.imports,
             size_bytes: self.size_bytes,
             root: table.root,
             origins,

@@ -177,6 +177,17 @@ impl Snapshot {
         }
     }
 
+    /// Which of the layers a slot of `layer` means, if any of them.
+    pub(crate) fn layer_of_slot(&self, layer: u8, slot: u8) -> Option<u8> {
+        let at = self.slots[layer as usize][slot as usize];
+        (at != NO_LAYER).then_some(at)
+    }
+
+    /// The slot by which `layer` names another layer, if it does.
+    pub(crate) fn slot_of_layer(&self, layer: u8, other: u8) -> Option<u8> {
+        self.slots[layer as usize].iter().position(|at| *at == other).map(|slot| slot as u8)
+    }
+
     pub(crate) fn table(&self, layer: u8, index: u64) -> Result<&[u64]> {
         self.layers[layer as usize].node(index)
     }

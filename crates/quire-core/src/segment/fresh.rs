@@ -130,6 +130,7 @@ impl Fresh {
                 } else {
                     let at = (part.start - stripe.pages.start) * PAGE;
                     area.map_file(part.byte_offset(), part.byte_len(), stripe.fd.as_fd(), at, Sharing::Private, Access::ReadWrite)?;
+                    area.prefault(part.byte_offset(), part.byte_len());
                 }
                 zones.push((part, sparse));
             }
@@ -245,7 +246,7 @@ fn seal(mut stripes: Vec<Stripe>, size_bytes: u64) -> Result<(Snapshot, Stats)> 
         fd: last.fd,
         data_pages: last.pages.len,
         nodes: table.nodes,
-        imports: table.imports.iter().map(|layer| layer.trailer().id).collect(),
+        imports: table.imports,
         size_bytes,
         root: table.root,
         origins: Origins::default(),

@@ -81,7 +81,7 @@ impl Frozen {
         for (part, sparse) in self.zones.within(range) {
             if !sparse {
                 tracking.arm(area, part)?;
-                tracking.private_copies(area, part, &mut early)?;
+                tracking.candidates(area, part, &mut early)?;
             }
         }
         self.pending = union(&self.pending, &early);

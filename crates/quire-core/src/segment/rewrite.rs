@@ -6,7 +6,7 @@ use std::sync::Arc;
 use super::fresh::{HOLE_PAGES, stripes_of};
 use super::frozen::is_held_elsewhere;
 use crate::layer::{Draft, Layer, Origins};
-use crate::pages::{PAGE, PageRange, PageSet, intersection, push_merged, subtract, total, union};
+use crate::pages::{PAGE, PageRange, PageSet, clip, push_merged, subtract, total, union};
 use crate::publish::data_in;
 use crate::snapshot::Snapshot;
 use crate::sys::area::{Access, Area, Sharing};
@@ -22,7 +22,7 @@ pub(super) fn choose(tip: &Snapshot, pages: u64, changed: &[PageRange], duplicat
     let mut chosen = Vec::new();
     let mut others = Vec::new();
     for &stripe in &stripes {
-        let here = intersection(changed, &[stripe]);
+        let here = clip(changed, stripe);
         if here.is_empty() && duplicates.count_in(stripe) == 0 {
             continue;
         }

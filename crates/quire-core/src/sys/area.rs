@@ -157,6 +157,17 @@ impl Area {
         unsafe { libc::madvise(self.at(offset, len), len, advice) == 0 }
     }
 
+    /// Touch a part that shows file pages, so that its page table is filled: sixteen pages a fault, as the kernel maps
+    /// around a fault as long as userfaultfd has no part in it.
+    pub fn prefault(&self, offset: usize, len: usize) {
+        const AROUND: usize = 16 * 4096;
+        for at in (offset..offset + len).step_by(AROUND) {
+            let byte = self.at(at, 1).cast::<u8>().cast_const();
+            // SAFETY: one mapped readable byte of this area, read as volatile because others may store to it.
+            unsafe { byte.read_volatile() };
+        }
+    }
+
     /// Read a file into a part. Short files are an error.
     pub fn read_file(&self, offset: usize, len: usize, fd: BorrowedFd<'_>, file_offset: u64) -> Result<()> {
         let mut done = 0;

@@ -9,7 +9,6 @@ use crate::{Error, Result};
 use std::os::fd::AsFd;
 
 const WRITTEN: u64 = 1 << 1;
-const FILE: u64 = 1 << 2;
 const PRESENT: u64 = 1 << 3;
 const SWAPPED: u64 = 1 << 4;
 const PFN_ZERO: u64 = 1 << 5;
@@ -51,8 +50,6 @@ pub enum Query {
     Written,
     /// Populated pages without the mark that are not the zero page: for sparse ranges of zero memory.
     WrittenPopulated,
-    /// Private copies that are in memory.
-    PrivateCopies,
 }
 
 impl Query {
@@ -61,7 +58,6 @@ impl Query {
         match self {
             Self::Written => (0, WRITTEN, 0, WRITTEN),
             Self::WrittenPopulated => (PFN_ZERO, WRITTEN | PFN_ZERO, PRESENT | SWAPPED, WRITTEN),
-            Self::PrivateCopies => (FILE | PFN_ZERO, FILE | PFN_ZERO | PRESENT, 0, PRESENT),
         }
     }
 }
@@ -123,8 +119,10 @@ impl Pagemap {
         Ok(())
     }
 
-    /// Append the private copies of a range, in memory or swapped out, by the text of the old interface.
-    /// Zero pages of anonymous memory are among them.
+    /// Append the private copies of a range, in memory or swapped out, as the older interface tells them.
+    ///
+    /// Zero pages of anonymous memory are among them. So are, for users who are not shown swap entries, unpopulated
+    /// pages that are armed: the two look alike to them.
     pub fn private_pages(&self, base: usize, range: PageRange, out: &mut Vec<PageRange>) -> Result<()> {
         const CHUNK: u64 = 1 << 15;
         let mut bytes = vec![0u8; (CHUNK * 8) as usize];
@@ -137,7 +135,7 @@ impl Pagemap {
             }
             for (i, word) in buf.chunks_exact(8).enumerate() {
                 let word = u64::from_le_bytes(word.try_into().expect("chunks of eight"));
-                if word >> 62 != 0 && word >> 61 & 1 == 0 {
+                if is_private_copy(word) {
                     push_merged(out, PageRange::new(page + i as u64, 1));
                 }
             }
@@ -145,4 +143,18 @@ impl Pagemap {
         }
         Ok(())
     }
+}
+
+/// Decode one word of the page map.
+fn is_private_copy(word: u64) -> bool {
+    const IS_PRESENT: u64 = 1 << 63;
+    const IS_SWAPPED: u64 = 1 << 62;
+    const IS_FILE: u64 = 1 << 61;
+    const SWAP_TYPE: u64 = 0x1f;
+    /// The highest swap type is no swap device but a marker left by arming an unpopulated page.
+    const MARKER: u64 = 0x1f;
+    if word & IS_PRESENT != 0 {
+        return word & IS_FILE == 0;
+    }
+    word & IS_SWAPPED != 0 && word & SWAP_TYPE != MARKER
 }

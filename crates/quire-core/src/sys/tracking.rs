@@ -105,14 +105,6 @@ impl Tracking {
         }
     }
 
-    /// Private copies in memory, zero pages excepted; for a marked tracker.
-    pub fn private_copies(&self, area: &Area, range: PageRange, out: &mut Vec<PageRange>) -> Result<()> {
-        match self {
-            Self::Marked { pagemap, .. } => pagemap.scan(area.addr(), range, Query::PrivateCopies, false, out),
-            Self::Compare { .. } => self.candidates(area, range, out),
-        }
-    }
-
     /// Pages that may have been written: the private copies, or all of them where that cannot be seen.
     pub fn candidates(&self, area: &Area, range: PageRange, out: &mut Vec<PageRange>) -> Result<()> {
         match self {

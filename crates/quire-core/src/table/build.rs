@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use crate::layer::{Layer, MAX_IMPORTS};
+use crate::layer::{Layer, LayerId, MAX_IMPORTS, MAX_LAYERS};
 use crate::pages::{FANOUT, PageRange};
 use crate::snapshot::{Count, Ref, Snapshot};
 use crate::table::{Entry, Kind, level_for, span};
@@ -29,7 +29,8 @@ pub struct Patch {
 pub struct Table {
     pub root: Entry,
     pub nodes: Vec<u64>,
-    pub imports: Vec<Arc<Layer>>,
+    /// Ids in slot order. Some may be of layers that the new version does not use.
+    pub imports: Vec<LayerId>,
     /// Of the new layer itself.
     pub own: Count,
     /// Of the other new layers, in the order given.
@@ -38,6 +39,9 @@ pub struct Table {
     pub old: Vec<Count>,
 }
 
+/// A slot that is not assigned yet.
+const UNASSIGNED: u8 = u8::MAX;
+
 struct Builder<'a> {
     old: Option<&'a Snapshot>,
     old_pages: u64,
@@ -45,8 +49,10 @@ struct Builder<'a> {
     others: &'a [Arc<Layer>],
     /// Old layers that must not be used any more, by index.
     leaving: &'a [bool],
-    slots_of_old: Vec<Option<u8>>,
-    slots_of_others: Vec<Option<u8>>,
+    slots_of_old: Vec<u8>,
+    slots_of_others: Vec<u8>,
+    /// Slots below the number of imports whose layer has gone.
+    free_slots: Vec<u8>,
     table: Table,
 }
 
@@ -68,8 +74,9 @@ pub fn build(
         new_pages,
         others,
         leaving,
-        slots_of_old: vec![None; old_layers],
-        slots_of_others: vec![None; others.len()],
+        slots_of_old: vec![UNASSIGNED; old_layers],
+        slots_of_others: vec![UNASSIGNED; others.len()],
+        free_slots: Vec::new(),
         table: Table {
             root: Entry::ZERO,
             nodes: Vec::new(),
@@ -87,7 +94,10 @@ pub fn build(
         }
     }
     let root = match old {
-        Some(old) => old.root()?,
+        Some(old) => {
+            builder.keep_slots(old);
+            old.root()?
+        }
         None => Ref::Zero,
     };
     let level = level_for(new_pages);
@@ -138,30 +148,35 @@ impl Builder<'_> {
         let before = self.table.nodes.len();
         let mut out = [0u64; FANOUT as usize];
         let mut changed = !patches.is_empty() || table.is_none();
-        let mut rest = patches;
-        for i in 0..children {
-            let child_base = base + i * below;
-            let child_old = match self.old {
-                Some(snapshot) => snapshot.child(old, level, base, i)?,
-                None => Ref::Zero,
-            };
-            while rest.first().is_some_and(|patch| patch.pages.end() <= child_base) {
-                rest = &rest[1..];
-            }
-            let child_end = child_base + below;
-            if rest.first().is_none_or(|patch| patch.pages.start >= child_end) {
-                if level == 1 {
-                    out[i as usize] = self.kept(child_old)?.raw();
-                } else {
-                    let (entry, differs) = self.subtree(level - 1, child_base, child_old, &[])?;
-                    out[i as usize] = entry.raw();
-                    changed |= differs;
+        if level == 1 {
+            // What the node would be if nothing changed; a node that is not there yet is made from its one entry.
+            let mut made = [0u64; FANOUT as usize];
+            let (holder, entries) = match (table, old, self.old) {
+                (Some((layer, index)), _, Some(snapshot)) => (Some(layer), snapshot.table(layer, index)?),
+                (_, Ref::Run { layer, index }, _) => {
+                    let first = Entry::run(self.slot_of_old(layer)?, index).raw();
+                    let exist = children.min(self.old_pages.saturating_sub(base));
+                    (0..exist).for_each(|i| made[i as usize] = first + i);
+                    (None, &made[..])
                 }
-                continue;
+                _ => (None, &made[..]),
+            };
+            self.leaf(base, children, holder, old, entries, patches, &mut out)?;
+        } else {
+            let mut rest = patches;
+            for i in 0..children {
+                let child_base = base + i * below;
+                let child_old = match self.old {
+                    Some(snapshot) => snapshot.child(old, level, base, i)?,
+                    None => Ref::Zero,
+                };
+                let passed = rest.partition_point(|patch| patch.pages.end() <= child_base);
+                rest = &rest[passed..];
+                let here = rest.partition_point(|patch| patch.pages.start < child_base + below);
+                let (entry, differs) = self.subtree(level - 1, child_base, child_old, &rest[..here])?;
+                out[i as usize] = entry.raw();
+                changed |= differs;
             }
-            let here = rest.iter().take_while(|patch| patch.pages.start < child_end).count();
-            let (entry, _) = self.subtree(level - 1, child_base, child_old, &rest[..here])?;
-            out[i as usize] = entry.raw();
         }
         if let Some((layer, _)) = table {
             let moved = (base + span(level)).min(self.old_pages) != end;
@@ -179,6 +194,83 @@ impl Builder<'_> {
         Ok((Entry::node(0, number), true))
     }
 
+    /// The entries of a node of the last level: patched where there are patches, kept elsewhere.
+    ///
+    /// With a `holder`, `entries` are a node of that old layer; without, they are written with our own slots.
+    #[allow(clippy::too_many_arguments)]
+    fn leaf(
+        &mut self,
+        base: u64,
+        children: u64,
+        holder: Option<u8>,
+        old: Ref,
+        entries: &[u64],
+        patches: &[Patch],
+        out: &mut [u64; FANOUT as usize],
+    ) -> Result<()> {
+        let mut slots = [UNASSIGNED; MAX_LAYERS];
+        let mut at = 0;
+        for patch in patches {
+            let start = patch.pages.start.max(base) - base;
+            let end = (patch.pages.end() - base).min(children);
+            let kept = at as usize..start as usize;
+            self.translate(holder, &mut slots, &entries[kept.clone()], &mut out[kept])?;
+            let mut entry = self.patched(patch, base + start)?.raw();
+            for i in start..end {
+                let before = match (holder, self.old) {
+                    (Some(holder), Some(snapshot)) => snapshot.resolve(holder, Entry::from_raw(entries[i as usize]))?,
+                    _ if entries[i as usize] != 0 => old,
+                    _ => Ref::Zero,
+                };
+                if let Ref::Run { layer, .. } = before {
+                    self.table.old[layer as usize].data -= 1;
+                }
+                out[i as usize] = entry;
+                // The next page of a run is the next index, which stands in the low bits.
+                entry += u64::from(entry != 0);
+            }
+            at = end;
+        }
+        let kept = at as usize..children as usize;
+        self.translate(holder, &mut slots, &entries[kept.clone()], &mut out[kept])
+    }
+
+    /// Copy entries of an old node, replacing its slots by ours.
+    fn translate(&mut self, holder: Option<u8>, slots: &mut [u8; MAX_LAYERS], from: &[u64], to: &mut [u64]) -> Result<()> {
+        let (Some(holder), Some(old)) = (holder, self.old) else {
+            to.copy_from_slice(from);
+            return Ok(());
+        };
+        for (out, &raw) in to.iter_mut().zip(from) {
+            if raw == 0 {
+                continue;
+            }
+            let entry = Entry::from_raw(raw);
+            let slot = &mut slots[entry.slot() as usize];
+            if *slot == UNASSIGNED {
+                *slot = match old.resolve(holder, entry)? {
+                    Ref::Run { layer, .. } | Ref::Table { layer, .. } => self.slot_of_old(layer)?,
+                    Ref::Zero => 0,
+                };
+            }
+            *out = entry.with_slot(*slot).raw();
+        }
+        Ok(())
+    }
+
+    /// Give layers of the old version the slots they had in its top layer, so that equal entries stay equal words.
+    fn keep_slots(&mut self, old: &Snapshot) {
+        let top = old.layers()[0].trailer();
+        self.table.imports.clone_from(&top.imports);
+        for (i, id) in top.imports.iter().enumerate() {
+            let slot = i as u8 + 1;
+            match old.layers().iter().position(|layer| layer.trailer().id == *id) {
+                Some(layer) => self.slots_of_old[layer] = slot,
+                None => self.free_slots.push(slot),
+            }
+        }
+    }
+
     /// An old place, as an entry of the new layer.
     fn kept(&mut self, old: Ref) -> Result<Entry> {
         match old {
@@ -194,36 +286,35 @@ impl Builder<'_> {
             Target::Zero => Ok(Entry::ZERO),
             Target::Own { index } => Ok(Entry::run(0, index + skip)),
             Target::Other { layer, index } => {
-                let slot = match self.slots_of_others[layer] {
-                    Some(slot) => slot,
-                    None => {
-                        let slot = self.import(Arc::clone(&self.others[layer]))?;
-                        self.slots_of_others[layer] = Some(slot);
-                        slot
-                    }
-                };
+                if self.slots_of_others[layer] == UNASSIGNED {
+                    self.slots_of_others[layer] = self.import(&Arc::clone(&self.others[layer]))?;
+                }
+                let slot = self.slots_of_others[layer];
                 Ok(Entry::run(slot, index + skip))
             }
         }
     }
 
     fn slot_of_old(&mut self, layer: u8) -> Result<u8> {
-        if let Some(slot) = self.slots_of_old[layer as usize] {
-            return Ok(slot);
+        if self.slots_of_old[layer as usize] == UNASSIGNED {
+            let Some(old) = self.old else {
+                return Err(Error::Malformed("an old page without an old version".to_owned()));
+            };
+            self.slots_of_old[layer as usize] = self.import(&old.layers()[layer as usize])?;
         }
-        let Some(old) = self.old else {
-            return Err(Error::Malformed("an old page without an old version".to_owned()));
-        };
-        let slot = self.import(Arc::clone(&old.layers()[layer as usize]))?;
-        self.slots_of_old[layer as usize] = Some(slot);
-        Ok(slot)
+        Ok(self.slots_of_old[layer as usize])
     }
 
-    fn import(&mut self, layer: Arc<Layer>) -> Result<u8> {
+    fn import(&mut self, layer: &Layer) -> Result<u8> {
+        let id = layer.trailer().id;
+        if let Some(slot) = self.free_slots.pop() {
+            self.table.imports[slot as usize - 1] = id;
+            return Ok(slot);
+        }
         if self.table.imports.len() >= MAX_IMPORTS {
             return Err(Error::Unsupported(format!("a layer cannot import more than {MAX_IMPORTS} others")));
         }
-        self.table.imports.push(layer);
+        self.table.imports.push(id);
         Ok(self.table.imports.len() as u8)
     }
 

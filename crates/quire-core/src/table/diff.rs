@@ -4,8 +4,12 @@ use std::sync::Arc;
 
 use crate::pages::{FANOUT, PAGE, PageRange, push_merged};
 use crate::snapshot::{Ref, Snapshot};
-use crate::table::span;
+use crate::layer::MAX_LAYERS;
+use crate::table::{Entry, span};
 use crate::Result;
+
+/// Entries compared at once.
+const GROUP: usize = 16;
 
 /// The pages whose content differs, ascending and merged. Pages that only one of the two has count as different.
 pub fn diff(a: &Snapshot, b: &Snapshot) -> Result<Vec<PageRange>> {
@@ -59,10 +63,85 @@ impl Walk<'_> {
         if !matches!(a, Ref::Table { .. }) && !matches!(b, Ref::Table { .. }) {
             return (self.found)(PageRange::between(base, (base + span(level)).min(self.common)), a, b);
         }
+        if let (1, Ref::Table { layer: la, index: ia }, Ref::Table { layer: lb, index: ib }) = (level, a, b) {
+            return self.leaves(base, (la, ia), (lb, ib));
+        }
+        match (level, a, b) {
+            (1, Ref::Run { layer, index }, Ref::Table { layer: holder, index: node }) => {
+                let slot = self.same.0[layer as usize].and_then(|at| self.b.slot_of_layer(holder, at));
+                let entries = self.b.table(holder, node)?;
+                return self.run_and_leaf(base, slot.map(|slot| Entry::run(slot, index)), entries, |walk, i| {
+                    Ok((walk.a.child(a, 1, base, i)?, walk.b.child(b, 1, base, i)?))
+                });
+            }
+            (1, Ref::Table { layer: holder, index: node }, Ref::Run { layer, index }) => {
+                let at = self.same.0.iter().position(|same| *same == Some(layer));
+                let slot = at.and_then(|at| self.a.slot_of_layer(holder, at as u8));
+                let entries = self.a.table(holder, node)?;
+                return self.run_and_leaf(base, slot.map(|slot| Entry::run(slot, index)), entries, |walk, i| {
+                    Ok((walk.a.child(a, 1, base, i)?, walk.b.child(b, 1, base, i)?))
+                });
+            }
+            _ => {}
+        }
         let below = span(level - 1);
         for i in 0..FANOUT {
             let (child_a, child_b) = (self.a.child(a, level, base, i)?, self.b.child(b, level, base, i)?);
             self.visit(level - 1, base + i * below, child_a, child_b)?;
+        }
+        Ok(())
+    }
+}
+
+impl Walk<'_> {
+    /// A run on one side, a node of the last level on the other: `first` is how the node would name the run.
+    fn run_and_leaf(
+        &mut self,
+        base: u64,
+        first: Option<Entry>,
+        entries: &[u64],
+        pair: impl Fn(&Self, u64) -> Result<(Ref, Ref)>,
+    ) -> Result<()> {
+        for (i, &raw) in entries.iter().enumerate() {
+            if base + i as u64 >= self.common {
+                break;
+            }
+            // The next page of a run is the next index, which stands in the low bits.
+            if first.is_some_and(|first| raw == first.raw() + i as u64) {
+                continue;
+            }
+            let (a, b) = pair(self, i as u64)?;
+            self.visit(0, base + i as u64, a, b)?;
+        }
+        Ok(())
+    }
+
+    /// Two nodes of the last level. Most entries are equal words with slots that mean the same in both.
+    fn leaves(&mut self, base: u64, (la, ia): (u8, u64), (lb, ib): (u8, u64)) -> Result<()> {
+        let (entries_a, entries_b) = (self.a.table(la, ia)?, self.b.table(lb, ib)?);
+        let mut agree = 0u64;
+        for slot in 0..MAX_LAYERS as u8 {
+            let (at_a, at_b) = (self.a.layer_of_slot(la, slot), self.b.layer_of_slot(lb, slot));
+            // A slot that one of them does not resolve is not used by it: both tables have been checked.
+            let agrees = match (at_a, at_b) {
+                (Some(at_a), Some(at_b)) => self.same.0[at_a as usize] == Some(at_b),
+                _ => true,
+            };
+            agree |= u64::from(agrees) << slot;
+        }
+        // Tables of one lineage keep their slots, so that whole groups are equal words; slot 0 alone always differs.
+        let grouped = agree | 1 == u64::MAX;
+        for (group, (group_a, group_b)) in entries_a.chunks_exact(GROUP).zip(entries_b.chunks_exact(GROUP)).enumerate() {
+            if grouped && group_a == group_b && !group_a.iter().any(|&raw| raw != 0 && Entry::from_raw(raw).slot() == 0) {
+                continue;
+            }
+            for (i, (&raw_a, &raw_b)) in group_a.iter().zip(group_b).enumerate() {
+                if raw_a == raw_b && (raw_a == 0 || agree >> Entry::from_raw(raw_a).slot() & 1 == 1) {
+                    continue;
+                }
+                let (a, b) = (self.a.resolve(la, Entry::from_raw(raw_a))?, self.b.resolve(lb, Entry::from_raw(raw_b))?);
+                self.visit(0, base + (group * GROUP + i) as u64, a, b)?;
+            }
         }
         Ok(())
     }

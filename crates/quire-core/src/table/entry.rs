@@ -44,6 +44,18 @@ impl Entry {
         Self(KIND_NODE | (slot as u64) << INDEX_BITS | index)
     }
 
+    /// The slot, whatever the kind.
+    #[must_use]
+    pub const fn slot(self) -> u8 {
+        ((self.0 & SLOT_MASK) >> INDEX_BITS) as u8
+    }
+
+    /// The same entry with another slot.
+    #[must_use]
+    pub const fn with_slot(self, slot: u8) -> Self {
+        Self(self.0 & !SLOT_MASK | (slot as u64) << INDEX_BITS)
+    }
+
     /// None for an invalid entry.
     #[must_use]
     pub const fn decode(self) -> Option<Kind> {
