@@ -4,8 +4,10 @@ Every call that may take long releases the GIL. Every class is thread-safe.
 Failures are the exceptions of ``quire.errors``; kernel failures are ``OSError``.
 """
 
-from collections.abc import Buffer, Callable, Sequence
-from typing import Any, Literal, final
+from collections.abc import Sequence
+from typing import Any, Literal, Self, final
+
+from typing_extensions import Buffer
 
 PAGE_SIZE: int
 MAX_LAYERS: int
@@ -51,7 +53,7 @@ class Snapshot:
 class Segment:
     """Growable pages with one writer. Subclassable; exports a writable buffer."""
 
-    def __new__(cls, size_bytes: int, *, start: Snapshot | None = None) -> Segment:
+    def __new__(cls, size_bytes: int, *, start: Snapshot | None = None) -> Self:
         """Zero-filled, or starting as ``start`` (whose size must equal ``size_bytes``)."""
     @property
     def size(self) -> int: ...
@@ -78,7 +80,7 @@ class Segment:
 class Mapping:
     """A view of a snapshot at a fixed address. Subclassable; exports a buffer."""
 
-    def __new__(cls, snapshot: Snapshot, *, private: bool = False) -> Mapping: ...
+    def __new__(cls, snapshot: Snapshot, *, private: bool = False) -> Self: ...
     @property
     def size(self) -> int: ...
     @property
@@ -99,7 +101,7 @@ class Mapping:
 class LiveSegment:
     """Shared live pages. The buffer it exports is the read-only alias. Subclassable."""
 
-    def __new__(cls, size_bytes: int, *, backend: Literal["memfd", "sysv"] = "memfd") -> LiveSegment: ...
+    def __new__(cls, size_bytes: int, *, backend: Literal["memfd", "sysv"] = "memfd") -> Self: ...
     @property
     def size(self) -> int: ...
     @property
@@ -125,6 +127,8 @@ class LiveSegment:
 class WritableAlias:
     """The read-write view of a LiveSegment. Exports a writable buffer until released. Subclassable."""
 
+    def __new__(cls, segment: LiveSegment) -> Self:
+        """The same as ``segment.writable()``, for subclasses."""
     @property
     def size(self) -> int: ...
     @property
@@ -139,7 +143,7 @@ class MirrorView:
     @staticmethod
     def verify_fd(fd: int) -> int:
         """Check that the descriptor's seals make a mirror; return its size in bytes. Raises NotImmutable, Malformed."""
-    def __new__(cls, *, fd: int = -1, shmid: int = -1, size_bytes: int = 0) -> MirrorView:
+    def __new__(cls, *, fd: int = -1, shmid: int = -1, size_bytes: int = 0) -> Self:
         """Map; the descriptor is borrowed for the call only."""
     @property
     def size(self) -> int: ...

@@ -133,6 +133,11 @@ pub struct WritableAlias {
 
 #[pymethods]
 impl WritableAlias {
+    #[new]
+    fn new(segment: &LiveSegment) -> Result<Self> {
+        segment.writable()
+    }
+
     #[getter]
     fn size(&self) -> u64 {
         self.door.len()
