@@ -1,0 +1,59 @@
+"""The ``quire`` command. Each subcommand's module is imported when it is asked for."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+__all__ = ["main"]
+
+COMMANDS = {
+    "doctor": "what this machine can do, what quire uses, what would enable more",
+    "demo": "writer and reader processes share versions of real data; about a minute",
+}
+"""Subcommands and their summaries. Each is a module of quire with ``add_arguments(parser)`` and
+``run(args) -> int``."""
+
+
+class _Version(argparse.Action):
+    """Looks the version up only when asked: that is slower than everything else the command does."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> None:
+        from importlib.metadata import version
+
+        parser.exit(message=f"quire {version('quire')}\n")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command.
+
+    Args:
+        argv: The arguments after the command's name; those of the process by default.
+
+    Returns:
+        The exit status: 0 if all went well, 1 if not. Wrong arguments exit with 2.
+    """
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    parser = argparse.ArgumentParser(prog="quire", description="Virtual memory as a Python library.")
+    parser.add_argument("--version", action=_Version, nargs=0, help="print the version")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    wanted = next((word for word in arguments if not word.startswith("-")), None)
+    for name, summary in COMMANDS.items():
+        command = commands.add_parser(name, help=summary, description=summary)
+        if name == wanted:
+            module = import_module(f"quire.{name}")
+            module.add_arguments(command)
+            command.set_defaults(run=module.run)
+    args = parser.parse_args(arguments)
+    try:
+        status: int = args.run(args)
+    except KeyboardInterrupt:
+        return 130
+    return status
+
+

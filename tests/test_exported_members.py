@@ -1,0 +1,78 @@
+"""Each public name has one home, and documentation."""
+
+import importlib
+import inspect
+import pkgutil
+from typing import Any
+
+import pytest
+
+import quire
+
+# Names that are no classes or functions, so that they cannot say where they were made.
+CONSTANTS = {"PAGE_SIZE": "quire._native", "__version__": "quire"}
+PUBLIC = sorted(set(quire.__all__) - set(CONSTANTS))
+MODULES = sorted(
+    module.name
+    for module in pkgutil.iter_modules(quire.__path__)
+    if not module.name.startswith("_") and not module.ispkg
+)
+
+
+def members(cls: type) -> list[tuple[str, Any]]:
+    """Public attributes that the class's own body, not a base, defines as code."""
+    return [
+        (name, value)
+        for name, value in vars(cls).items()
+        if not name.startswith("_") and (callable(value) or isinstance(value, (property, staticmethod, classmethod)))
+    ]
+
+
+def test_all_is_complete_and_unique() -> None:
+    # isort's order for __all__: constants, classes, functions.
+    assert len(quire.__all__) == len(set(quire.__all__))
+    for name in quire.__all__:
+        assert getattr(quire, name) is not None
+    public = {
+        name
+        for name, value in vars(quire).items()
+        if not name.startswith("_") and not inspect.ismodule(value) and getattr(value, "__module__", "") != "typing"
+    }
+    public.discard("TYPE_CHECKING")
+    assert public <= set(quire.__all__), "a public name that __all__ does not list"
+
+
+@pytest.mark.parametrize("name", PUBLIC)
+def test_one_home(name: str) -> None:
+    value = getattr(quire, name)
+    home = value.__module__
+    assert home.startswith("quire.") and not home.startswith("quire._"), f"{name} says that it lives in {home}"
+    assert getattr(importlib.import_module(home), name) is value
+    homes = [
+        module
+        for module in MODULES
+        if name in getattr(importlib.import_module(f"quire.{module}"), "__all__", ())
+    ]
+    assert homes == [home.removeprefix("quire.")], f"{name} is listed in __all__ of {homes}"
+
+
+@pytest.mark.parametrize("name", PUBLIC)
+def test_documented(name: str) -> None:
+    value = getattr(quire, name)
+    assert inspect.getdoc(value), f"{name} has no docstring"
+    if isinstance(value, type):
+        for member, code in members(value):
+            assert inspect.getdoc(code), f"{name}.{member} has no docstring"
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_modules_say_what_they_are_and_export(module: str) -> None:
+    loaded = importlib.import_module(f"quire.{module}")
+    assert loaded.__doc__, f"quire.{module} has no docstring"
+    assert loaded.__all__, f"quire.{module} does not say what is public"
+
+
+def test_version_is_that_of_the_distribution() -> None:
+    from importlib.metadata import version
+
+    assert quire.__version__ == version("quire")
