@@ -52,7 +52,7 @@ extern "C" fn in_child() {
     fork::release_guards();
     // Both belong to the parent's address space.
     *tracking::lock() = None;
-    *hold::lock() = None;
+    *hold::lock() = hold::Synchronous::default();
     let inherited: Vec<Arc<Mutex<dyn ForkAware>>> = members().drain(..).filter_map(|weak| weak.upgrade()).collect();
     for one in inherited {
         one.lock().unwrap_or_else(PoisonError::into_inner).enter_child();

@@ -123,16 +123,18 @@ impl Fresh {
         let mut zones = Vec::new();
         for (i, stripe) in self.stripes.iter().enumerate() {
             // Holes must not fill while they are replaced by plain zero memory.
-            let _hold = Hold::new(area, stripe.pages, What::NewPages, &tracking)?;
+            let _hold = Hold::new(area, &[(stripe.pages, What::NewPages)], &tracking)?;
             for (part, sparse) in blocks(stripe)? {
                 if sparse {
                     area.map_zero(part.byte_offset(), part.byte_len(), Access::ReadWrite)?;
                 } else {
                     let at = (part.start - stripe.pages.start) * PAGE;
                     area.map_file(part.byte_offset(), part.byte_len(), stripe.fd.as_fd(), at, Sharing::Private, Access::ReadWrite)?;
-                    area.prefault(part.byte_offset(), part.byte_len());
                 }
                 zones.push((part, sparse));
+            }
+            for data in memfd::data_ranges(stripe.fd.as_fd(), stripe.pages.len)? {
+                area.prefault(PageRange::new(stripe.pages.start + data.start, 0).byte_offset(), data.byte_len());
             }
             self.private = i + 1;
         }

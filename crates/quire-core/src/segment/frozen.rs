@@ -164,7 +164,7 @@ impl Frozen {
         // will not be the tip's.
         self.pending = union(&self.pending, &[stripe]);
         self.unregistered.push(stripe);
-        let hold = Hold::new(area, stripe, What::Stores, tracking)?;
+        let hold = Hold::new(area, &self.zones.to_hold(stripe), tracking)?;
         let mut private = Vec::new();
         tracking.candidates(area, stripe, &mut private)?;
         let copy = rewrite::copy_stripe(area, &self.tip, stripe, &private)?;
@@ -203,8 +203,11 @@ impl Frozen {
         let whole = PageRange::new(0, pages);
         self.pending = self.changed(area, &tracking, pages)?;
         self.unregistered = vec![whole];
-        let hold = Hold::new(area, whole, What::Stores, &tracking)?;
-        // The marks are lost; stores between the scan and the hold are found by looking.
+        let hold = Hold::new(area, &self.zones.to_hold(whole), &tracking)?;
+        // The marks are lost; stores between the scan and the hold are found by looking. In sparse zones that finds
+        // everything, and a pending page there may have no memory: it must not be touched.
+        let sparse: Vec<PageRange> = self.zones.0.iter().filter(|(_, sparse)| *sparse).map(|(zone, _)| *zone).collect();
+        self.pending = subtract(&self.pending, &sparse);
         let changed = union(&self.pending, &self.differing(area, &tracking, whole)?);
         self.pending.clone_from(&changed);
         let leaving = publish::leaving(&self.tip, 0);
@@ -310,6 +313,12 @@ impl Zones {
         self.0.sort_unstable();
         let old = std::mem::take(&mut self.0);
         old.into_iter().for_each(|(range, sparse)| self.push(range, sparse));
+    }
+
+    /// How the writers of a range are held.
+    fn to_hold(&self, range: PageRange) -> Vec<(PageRange, What)> {
+        let how = |sparse| if sparse { What::SparseStores } else { What::Stores };
+        self.within(range).into_iter().map(|(part, sparse)| (part, how(sparse))).collect()
     }
 
     fn within(&self, range: PageRange) -> Vec<(PageRange, bool)> {

@@ -185,9 +185,10 @@ pub(super) fn copy_stripe(area: &Area, tip: &Snapshot, stripe: PageRange, privat
     }
     let fd = memfd::create(c"quire-layer")?;
     memfd::truncate(fd.as_fd(), stripe.len * PAGE)?;
-    for run in &runs {
-        let piece = Piece { addr: area.addr() + run.byte_offset(), len: run.byte_len() };
-        memfd::write_pieces(fd.as_fd(), (run.start - stripe.start) * PAGE, &[piece])?;
+    // Short holes within a run stay holes of the file: a page without memory must not be touched here.
+    for part in union(&unchanged, &changed) {
+        let piece = Piece { addr: area.addr() + part.byte_offset(), len: part.byte_len() };
+        memfd::write_pieces(fd.as_fd(), (part.start - stripe.start) * PAGE, &[piece])?;
     }
     let mut origins = Origins::default();
     for range in &unchanged {

@@ -15,20 +15,22 @@ use crate::sys::tracking::Tracking;
 use crate::sys::uffd::{self, Uffd};
 use crate::{Error, Result};
 
-/// What is held.
+/// What is held, and so how.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum What {
-    /// Every store.
+    /// Every store. Pages without memory are marked one by one, so this is for ranges that have memory.
     Stores,
-    /// Only touches of pages that have no memory yet, so that holes stay holes.
+    /// Every store, and every touch of a page without memory, at no cost for those. The holder itself must not touch
+    /// such a page: it would wait for itself.
+    SparseStores,
+    /// Only touches of pages without memory, so that holes stay holes.
     NewPages,
 }
 
-/// Writers of a range wait while this lives.
+/// Writers of some ranges wait while this lives.
 pub struct Hold<'a> {
     area: &'a Area,
-    range: PageRange,
-    how: How,
+    parts: Vec<(PageRange, How)>,
 }
 
 enum How {
@@ -36,64 +38,78 @@ enum How {
     Signal(usize),
 }
 
-static SYNCHRONOUS: Mutex<Option<Arc<Uffd>>> = Mutex::new(None);
+/// The synchronous userfaultfds: one that marks unpopulated pages, one that reports them missing.
+#[derive(Default)]
+pub(crate) struct Synchronous {
+    marking: Option<Arc<Uffd>>,
+    missing: Option<Arc<Uffd>>,
+}
 
-pub(crate) fn lock() -> MutexGuard<'static, Option<Arc<Uffd>>> {
+static SYNCHRONOUS: Mutex<Synchronous> = Mutex::new(Synchronous { marking: None, missing: None });
+
+pub(crate) fn lock() -> MutexGuard<'static, Synchronous> {
     SYNCHRONOUS.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-fn synchronous() -> Result<Arc<Uffd>> {
+fn synchronous(what: What) -> Result<Arc<Uffd>> {
     let mut guard = lock();
-    if let Some(uffd) = &*guard {
+    let common = uffd::FEATURE_PAGEFAULT_FLAG_WP | uffd::FEATURE_WP_HUGETLBFS_SHMEM;
+    let (place, features) = match what {
+        What::Stores => (&mut guard.marking, common | uffd::FEATURE_WP_UNPOPULATED),
+        What::SparseStores | What::NewPages => (&mut guard.missing, common | uffd::FEATURE_MISSING_SHMEM),
+    };
+    if let Some(uffd) = place {
         return Ok(Arc::clone(uffd));
     }
-    let features = uffd::FEATURE_PAGEFAULT_FLAG_WP | uffd::FEATURE_MISSING_SHMEM | uffd::FEATURE_WP_HUGETLBFS_SHMEM;
     let uffd = Arc::new(Uffd::open(features)?);
-    *guard = Some(Arc::clone(&uffd));
+    *place = Some(Arc::clone(&uffd));
     Ok(uffd)
 }
 
 impl<'a> Hold<'a> {
-    /// Hold the writers of a range. Registration with the tracker is lost: register what is there after the drop.
-    pub fn new(area: &'a Area, range: PageRange, what: What, tracking: &Tracking) -> Result<Self> {
-        let addr = area.addr() + range.byte_offset();
-        let how = match tracking.uffd() {
-            Some(marks) => {
-                let uffd = synchronous()?;
-                marks.unregister(addr, range.byte_len())?;
-                let mode = match what {
-                    What::Stores => uffd::MODE_MISSING | uffd::MODE_WP,
-                    What::NewPages => uffd::MODE_MISSING,
-                };
-                uffd.register(addr, range.byte_len(), mode)?;
-                let hold = Self { area, range, how: How::Userfault(Arc::clone(&uffd)) };
-                if what == What::Stores {
-                    uffd.write_protect(addr, range.byte_len())?;
-                }
-                return Ok(hold);
+    /// Hold the writers of ranges. Registration with the tracker is lost: register what is there after the drop.
+    pub fn new(area: &'a Area, parts: &[(PageRange, What)], tracking: &Tracking) -> Result<Self> {
+        let mut hold = Self { area, parts: Vec::with_capacity(parts.len()) };
+        for &(range, what) in parts {
+            let addr = area.addr() + range.byte_offset();
+            let Some(marks) = tracking.uffd() else {
+                hold.parts.push((range, How::Signal(announce(addr, addr + range.byte_len())?)));
+                area.protect(range.byte_offset(), range.byte_len(), Access::Read)?;
+                continue;
+            };
+            let uffd = synchronous(what)?;
+            marks.unregister(addr, range.byte_len())?;
+            let mode = match what {
+                What::Stores => uffd::MODE_WP,
+                What::SparseStores => uffd::MODE_MISSING | uffd::MODE_WP,
+                What::NewPages => uffd::MODE_MISSING,
+            };
+            uffd.register(addr, range.byte_len(), mode)?;
+            hold.parts.push((range, How::Userfault(Arc::clone(&uffd))));
+            if what != What::NewPages {
+                uffd.write_protect(addr, range.byte_len())?;
             }
-            None => How::Signal(announce(addr, addr + range.byte_len())?),
-        };
-        let hold = Self { area, range, how };
-        hold.area.protect(range.byte_offset(), range.byte_len(), Access::Read)?;
+        }
         Ok(hold)
     }
 }
 
 impl Drop for Hold<'_> {
     fn drop(&mut self) {
-        let (addr, len) = (self.area.addr() + self.range.byte_offset(), self.range.byte_len());
-        match &self.how {
-            How::Userfault(uffd) => {
-                // Parts that were not replaced are released by unregistering; neither call can fail for a range that
-                // is mapped throughout, and a thread that were left waiting could not be helped otherwise.
-                let released = uffd.unregister(addr, len).and(uffd.wake(addr, len));
-                debug_assert!(released.is_ok(), "{released:?}");
-            }
-            How::Signal(slot) => {
-                let opened = self.area.protect(self.range.byte_offset(), len, Access::ReadWrite);
-                debug_assert!(opened.is_ok(), "{opened:?}");
-                HELD[*slot].state.store(RELEASED, Ordering::Release);
+        for (range, how) in &self.parts {
+            let (addr, len) = (self.area.addr() + range.byte_offset(), range.byte_len());
+            match how {
+                How::Userfault(uffd) => {
+                    // Parts that were not replaced are released by unregistering; neither call can fail for a range
+                    // that is mapped throughout, and a thread left waiting could not be helped otherwise.
+                    let released = uffd.unregister(addr, len).and(uffd.wake(addr, len));
+                    debug_assert!(released.is_ok(), "{released:?}");
+                }
+                How::Signal(slot) => {
+                    let opened = self.area.protect(range.byte_offset(), len, Access::ReadWrite);
+                    debug_assert!(opened.is_ok(), "{opened:?}");
+                    HELD[*slot].state.store(RELEASED, Ordering::Release);
+                }
             }
         }
     }
