@@ -35,7 +35,9 @@ impl Error {
     pub fn os(call: &'static str, errno: i32) -> Self {
         let hint = match errno {
             libc::ENOSPC => "no memory is left for this file".to_owned(),
-            libc::EMFILE => "this process has too many open descriptors: raise RLIMIT_NOFILE or close snapshots".to_owned(),
+            libc::EMFILE => {
+                "this process has too many open descriptors: raise RLIMIT_NOFILE or close snapshots".to_owned()
+            }
             _ => String::new(),
         };
         Self::Os { call, errno, hint }
@@ -68,7 +70,10 @@ impl fmt::Display for Error {
             | Self::Exported(text)
             | Self::Memory(text) => f.write_str(text),
             Self::Forked(call) => {
-                write!(f, "{call}: this process was forked and holds a private copy; only the process that made the object can do this")
+                write!(
+                    f,
+                    "{call}: this process was forked and holds a private copy; only the process that made the object can do this"
+                )
             }
             Self::Os { call, errno, hint } => {
                 write!(f, "{call}: {}", std::io::Error::from_raw_os_error(*errno))?;

@@ -2,9 +2,9 @@
 
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 
+use crate::Result;
 use crate::sys::fork::{self, Locked};
 use crate::sys::{hold, tracking};
-use crate::Result;
 
 /// An object whose memory parent and child must not share.
 pub trait ForkAware: Send {

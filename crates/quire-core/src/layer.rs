@@ -163,9 +163,8 @@ impl Mapped {
         let populate = if len as u64 <= POPULATE_PAGES * PAGE { libc::MAP_POPULATE } else { 0 };
         let flags = libc::MAP_PRIVATE | libc::MAP_NORESERVE | populate;
         // SAFETY: a new private read-only mapping at an address of the kernel's choice.
-        let addr = unsafe {
-            libc::mmap(std::ptr::null_mut(), len, libc::PROT_READ, flags, fd.as_raw_fd(), offset as i64)
-        };
+        let addr =
+            unsafe { libc::mmap(std::ptr::null_mut(), len, libc::PROT_READ, flags, fd.as_raw_fd(), offset as i64) };
         if addr == libc::MAP_FAILED {
             return Err(Error::last_os("mmap"));
         }
@@ -370,7 +369,8 @@ impl Layer {
             Nodes::None => Err(Error::Malformed("a layer without nodes".to_owned())),
             Nodes::Copied(nodes) => Ok(&nodes[at..at + FANOUT as usize]),
             Nodes::Mapped(cell) => {
-                let mapped = get_or_map(cell, self.fd(), self.trailer.data_pages * PAGE, self.trailer.node_pages * PAGE)?;
+                let mapped =
+                    get_or_map(cell, self.fd(), self.trailer.data_pages * PAGE, self.trailer.node_pages * PAGE)?;
                 // SAFETY: only sealed layers are mapped, and the seals forbid changing and shrinking them.
                 let bytes = unsafe { mapped.bytes() };
                 let node = &bytes[at * 8..(at + FANOUT as usize) * 8];

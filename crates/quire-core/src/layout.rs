@@ -2,11 +2,11 @@
 
 use std::collections::{BTreeMap, HashMap};
 
+use crate::Result;
 use crate::pages::{PAGE, PageRange, PageSet};
 use crate::snapshot::Snapshot;
 use crate::sys::area::{Access, Area, Sharing};
 use crate::table::walk::{Extent, Source};
-use crate::Result;
 
 /// A base mapping runs on across an interruption of at most this many pages.
 const BRIDGE_PAGES: u64 = 1024;
@@ -92,7 +92,8 @@ fn is_in_base(bases: &[Extent], extent: &Extent) -> bool {
     let at = bases.partition_point(|base| base.pages.start <= extent.pages.start);
     at > 0 && {
         let base = bases[at - 1];
-        extent.pages.end() <= base.pages.end() && base.source.skip(extent.pages.start - base.pages.start) == extent.source
+        extent.pages.end() <= base.pages.end()
+            && base.source.skip(extent.pages.start - base.pages.start) == extent.source
     }
 }
 
@@ -189,7 +190,14 @@ impl Layout {
         self.vmas.len()
     }
 
-    fn map(&mut self, area: &Area, snapshot: &Snapshot, pages: PageRange, source: Source, access: Access) -> Result<()> {
+    fn map(
+        &mut self,
+        area: &Area,
+        snapshot: &Snapshot,
+        pages: PageRange,
+        source: Source,
+        access: Access,
+    ) -> Result<()> {
         let place = Place::of(snapshot, source);
         if !self.copied.is_empty() {
             self.copied.remove(pages);
@@ -226,9 +234,10 @@ impl Layout {
 
     /// Whether one VMA shows exactly this for all these pages (copies aside).
     fn shows(&self, pages: PageRange, place: Place) -> bool {
-        self.vmas.range(..=pages.start).next_back().is_some_and(|(&start, &(len, has))| {
-            start + len >= pages.end() && has.skip(pages.start - start) == place
-        })
+        self.vmas
+            .range(..=pages.start)
+            .next_back()
+            .is_some_and(|(&start, &(len, has))| start + len >= pages.end() && has.skip(pages.start - start) == place)
     }
 
     fn record(&mut self, pages: PageRange, place: Place) {
@@ -275,7 +284,8 @@ mod tests {
 
     #[test]
     fn a_base_bridges_scattered_changes() {
-        let extents = [extent(0, 10, 1, 0), extent(10, 1, 0, 0), extent(11, 9, 1, 11), extent(20, 1, 0, 1), extent(21, 4, 1, 21)];
+        let extents =
+            [extent(0, 10, 1, 0), extent(10, 1, 0, 0), extent(11, 9, 1, 11), extent(20, 1, 0, 1), extent(21, 4, 1, 21)];
         let plan = Plan::new(&extents, 100);
         assert_eq!(plan.bases, [extent(0, 25, 1, 0)]);
         assert_eq!(plan.overlays, [extent(10, 1, 0, 0), extent(20, 1, 0, 1)]);

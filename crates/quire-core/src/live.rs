@@ -57,7 +57,9 @@ impl LiveSegment {
             return Err(Error::Invalid("a live segment has at least one byte".to_owned()));
         }
         if size_bytes > crate::pages::MAX_PAGES * PAGE {
-            return Err(Error::Memory(format!("a live segment of {size_bytes} bytes is larger than the address space")));
+            return Err(Error::Memory(format!(
+                "a live segment of {size_bytes} bytes is larger than the address space"
+            )));
         }
         let len = (pages_for(size_bytes) * PAGE) as usize;
         let (rw, ro) = (Area::reserve(len)?, Area::reserve(len)?);

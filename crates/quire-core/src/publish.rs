@@ -215,7 +215,7 @@ pub fn differing(area: &Area, tip: Option<&Snapshot>, candidates: &[PageRange]) 
 #[must_use]
 pub fn leaving(tip: &Snapshot, new_layers: usize) -> Vec<bool> {
     let layers = tip.layers();
-    if layers.len() + new_layers + 1 <= LAYERS_BEFORE_MERGING {
+    if layers.len() + new_layers < LAYERS_BEFORE_MERGING {
         return Vec::new();
     }
     let mut by_data: Vec<usize> = (0..layers.len()).collect();

@@ -24,15 +24,17 @@ pub fn save(snapshot: &Snapshot, path: &Path) -> Result<()> {
         Some(parent) if !parent.as_os_str().is_empty() => parent,
         _ => Path::new("."),
     };
-    let (file, named) = match OpenOptions::new().write(true).read(true).mode(0o666).custom_flags(libc::O_TMPFILE).open(dir) {
-        Ok(file) => (file, None),
-        Err(error) if matches!(error.raw_os_error(), Some(libc::EOPNOTSUPP | libc::EISDIR | libc::EINVAL)) => {
-            let name = sibling(path)?;
-            let file = OpenOptions::new().write(true).read(true).create_new(true).open(&name).map_err(io("open"))?;
-            (file, Some(name))
-        }
-        Err(error) => return Err(io("open")(error)),
-    };
+    let (file, named) =
+        match OpenOptions::new().write(true).read(true).mode(0o666).custom_flags(libc::O_TMPFILE).open(dir) {
+            Ok(file) => (file, None),
+            Err(error) if matches!(error.raw_os_error(), Some(libc::EOPNOTSUPP | libc::EISDIR | libc::EINVAL)) => {
+                let name = sibling(path)?;
+                let file =
+                    OpenOptions::new().write(true).read(true).create_new(true).open(&name).map_err(io("open"))?;
+                (file, Some(name))
+            }
+            Err(error) => return Err(io("open")(error)),
+        };
     let written = write_hashed(snapshot, &file).and_then(|()| file.sync_all().map_err(io("fsync")));
     let placed = written.and_then(|()| place(&file, named.as_deref(), path));
     if let (Err(error), Some(name)) = (&placed, &named) {
@@ -84,7 +86,8 @@ fn link(file: &File, path: &Path) -> Result<()> {
     let from = to_c(format!("/proc/self/fd/{}", file.as_raw_fd()).as_bytes())?;
     let to = to_c(path.as_os_str().as_bytes())?;
     // SAFETY: both are NUL-terminated strings that outlive the call.
-    let rc = unsafe { libc::linkat(libc::AT_FDCWD, from.as_ptr(), libc::AT_FDCWD, to.as_ptr(), libc::AT_SYMLINK_FOLLOW) };
+    let rc =
+        unsafe { libc::linkat(libc::AT_FDCWD, from.as_ptr(), libc::AT_FDCWD, to.as_ptr(), libc::AT_SYMLINK_FOLLOW) };
     if rc == 0 { Ok(()) } else { Err(Error::last_os("linkat")) }
 }
 

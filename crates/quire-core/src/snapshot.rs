@@ -207,7 +207,12 @@ impl Snapshot {
     }
 
     /// The content of one page of a run; None reads zero.
-    pub(crate) fn page_of<'a>(&'a self, at: Ref, skip: u64, buf: &'a mut [u8; PAGE as usize]) -> Result<Option<&'a [u8]>> {
+    pub(crate) fn page_of<'a>(
+        &'a self,
+        at: Ref,
+        skip: u64,
+        buf: &'a mut [u8; PAGE as usize],
+    ) -> Result<Option<&'a [u8]>> {
         match at {
             Ref::Run { layer, index } => self.layers[layer as usize].page(index + skip, buf).map(Some),
             _ => Ok(None),

@@ -76,7 +76,13 @@ impl Door {
     /// # Safety
     /// `view` must be what CPython passed to `bf_getbuffer` of `owner`, and the memory must stay mapped as long as
     /// `owner` lives or until `shut` succeeds.
-    pub unsafe fn export(&self, owner: &Bound<'_, PyAny>, view: *mut ffi::Py_buffer, flags: c_int, readonly: bool) -> PyResult<()> {
+    pub unsafe fn export(
+        &self,
+        owner: &Bound<'_, PyAny>,
+        view: *mut ffi::Py_buffer,
+        flags: c_int,
+        readonly: bool,
+    ) -> PyResult<()> {
         let mut state = self.lock();
         if !state.open {
             return Err(closed(self.what).into());

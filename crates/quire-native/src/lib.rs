@@ -4,6 +4,7 @@ mod door;
 mod errors;
 mod live;
 mod mapping;
+mod probe;
 mod segment;
 mod snapshot;
 
@@ -19,5 +20,6 @@ fn _native(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add_class::<live::LiveSegment>()?;
     module.add_class::<live::WritableAlias>()?;
     module.add_class::<live::MirrorView>()?;
+    module.add_function(wrap_pyfunction!(probe::probe, module)?)?;
     Ok(())
 }

@@ -39,7 +39,7 @@ impl LiveSegment {
             "sysv" => Backend::SystemV,
             other => {
                 let text = format!("backend {other:?} is neither 'memfd' nor 'sysv'");
-                return Err(PyErr::from(PyValueError::new_err(text)).into());
+                return Err(PyValueError::new_err(text).into());
             }
         };
         let live = py.detach(|| quire_core::LiveSegment::new(size_bytes, backend))?;
@@ -90,7 +90,7 @@ impl LiveSegment {
     fn close(&self, py: Python<'_>) -> Result<()> {
         if *self.aliases.lock().unwrap_or_else(PoisonError::into_inner) > 0 {
             let text = "the live segment cannot be closed: its writable alias is in use";
-            return Err(PyErr::from(pyo3::exceptions::PyBufferError::new_err(text)).into());
+            return Err(pyo3::exceptions::PyBufferError::new_err(text).into());
         }
         if self.door.shut()? {
             let live = self.inner.lock().unwrap_or_else(PoisonError::into_inner).take();

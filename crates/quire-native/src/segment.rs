@@ -33,7 +33,7 @@ impl Segment {
     fn new(py: Python<'_>, size_bytes: u64, start: Option<&Snapshot>) -> Result<Self> {
         let start = start.map(Snapshot::get).transpose()?;
         if start.as_ref().is_some_and(|start| start.size_bytes() != size_bytes) {
-            return Err(PyErr::from(PyValueError::new_err("the size is not that of the snapshot")).into());
+            return Err(PyValueError::new_err("the size is not that of the snapshot").into());
         }
         let segment = py.detach(|| match &start {
             Some(snapshot) => quire_core::Segment::start_as(snapshot),
@@ -82,7 +82,7 @@ impl Segment {
         let segment = self.get()?;
         let buffer = PyBuffer::<u8>::get(data)?;
         if !buffer.is_c_contiguous() {
-            return Err(PyErr::from(PyBufferError::new_err("the buffer is not C-contiguous")).into());
+            return Err(PyBufferError::new_err("the buffer is not C-contiguous").into());
         }
         // SAFETY: the buffer is held for the whole call, so the memory stays; another thread may store to it
         // meanwhile, which can only make the copied bytes a mixture.

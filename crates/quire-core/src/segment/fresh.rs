@@ -129,7 +129,14 @@ impl Fresh {
                     area.map_zero(part.byte_offset(), part.byte_len(), Access::ReadWrite)?;
                 } else {
                     let at = (part.start - stripe.pages.start) * PAGE;
-                    area.map_file(part.byte_offset(), part.byte_len(), stripe.fd.as_fd(), at, Sharing::Private, Access::ReadWrite)?;
+                    area.map_file(
+                        part.byte_offset(),
+                        part.byte_len(),
+                        stripe.fd.as_fd(),
+                        at,
+                        Sharing::Private,
+                        Access::ReadWrite,
+                    )?;
                 }
                 zones.push((part, sparse));
             }
@@ -240,8 +247,10 @@ fn seal(mut stripes: Vec<Stripe>, size_bytes: u64) -> Result<(Snapshot, Stats)> 
         pages: PageRange::new(last.pages.start + run.start, run.len),
         target: Target::Own { index: run.start },
     }));
-    debug_assert_eq!(total(&intersection(&[PageRange::new(0, pages)], &patches.iter().map(|p| p.pages).collect::<Vec<_>>())),
-        patches.iter().map(|p| p.pages.len).sum::<u64>());
+    debug_assert_eq!(
+        total(&intersection(&[PageRange::new(0, pages)], &patches.iter().map(|p| p.pages).collect::<Vec<_>>())),
+        patches.iter().map(|p| p.pages.len).sum::<u64>()
+    );
     let table = build(None, pages, &patches, &others, &[])?;
     let nodes_written = table.own.nodes;
     let top = Layer::seal(Draft {

@@ -211,9 +211,16 @@ impl Frozen {
         let changed = union(&self.pending, &self.differing(area, &tracking, whole)?);
         self.pending.clone_from(&changed);
         let leaving = publish::leaving(&self.tip, 0);
-        let published =
-            Edition { area, size_bytes, tip: Some(&self.tip), changed: &changed, rewritten: &[], others: &[], leaving: &leaving }
-                .publish()?;
+        let published = Edition {
+            area,
+            size_bytes,
+            tip: Some(&self.tip),
+            changed: &changed,
+            rewritten: &[],
+            others: &[],
+            leaving: &leaving,
+        }
+        .publish()?;
         let fresh = super::Fresh::new(area, pages)?;
         drop(hold);
         let stats = Stats {

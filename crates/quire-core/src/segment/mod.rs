@@ -58,7 +58,10 @@ fn check_size(size_bytes: u64) -> Result<u64> {
         return Err(Error::Invalid("a segment has at least one byte".to_owned()));
     }
     if size_bytes > MAX_PAGES * PAGE {
-        return Err(Error::Memory(format!("a segment of {size_bytes} bytes: the address space has {}", MAX_PAGES * PAGE)));
+        return Err(Error::Memory(format!(
+            "a segment of {size_bytes} bytes: the address space has {}",
+            MAX_PAGES * PAGE
+        )));
     }
     Ok(pages_for(size_bytes))
 }
@@ -81,7 +84,8 @@ impl Segment {
 
     /// A segment that starts as a snapshot. One that rests on a file is copied to sealed memory first.
     pub fn start_as(snapshot: &Arc<Snapshot>) -> Result<Self> {
-        let tip = if snapshot.is_sealed() { Arc::clone(snapshot) } else { Arc::new(crate::save::copy_to_memory(snapshot)?) };
+        let tip =
+            if snapshot.is_sealed() { Arc::clone(snapshot) } else { Arc::new(crate::save::copy_to_memory(snapshot)?) };
         let area = reserve(tip.pages())?;
         let frozen = Frozen::over(&area, tip)?;
         let size_bytes = frozen.tip().size_bytes();
@@ -147,7 +151,10 @@ impl Segment {
         let mut state = self.lock();
         state.usable("grow()")?;
         if size_bytes < state.size_bytes {
-            return Err(Error::Invalid(format!("a segment of {} bytes cannot shrink to {size_bytes}", state.size_bytes)));
+            return Err(Error::Invalid(format!(
+                "a segment of {} bytes cannot shrink to {size_bytes}",
+                state.size_bytes
+            )));
         }
         let pages = check_size(size_bytes)?;
         let needed = (pages * PAGE) as usize;
@@ -223,7 +230,9 @@ impl State {
             return Err(Error::Forked(call));
         }
         match &self.broken {
-            Some(why) => Err(Error::Memory(format!("{call}: an earlier transition failed and cannot be repeated: {why}"))),
+            Some(why) => {
+                Err(Error::Memory(format!("{call}: an earlier transition failed and cannot be repeated: {why}")))
+            }
             None => Ok(()),
         }
     }

@@ -5,6 +5,7 @@ use std::sync::Arc;
 
 use super::fresh::{HOLE_PAGES, stripes_of};
 use super::frozen::is_held_elsewhere;
+use crate::Result;
 use crate::layer::{Draft, Layer, Origins};
 use crate::pages::{PAGE, PageRange, PageSet, clip, push_merged, subtract, total, union};
 use crate::publish::data_in;
@@ -14,10 +15,14 @@ use crate::sys::memfd::{self, Piece};
 use crate::table::Entry;
 use crate::table::build::{Patch, Target};
 use crate::table::walk::Source;
-use crate::Result;
 
 /// The stripes to rewrite in the version being made.
-pub(super) fn choose(tip: &Snapshot, pages: u64, changed: &[PageRange], duplicates: &PageSet) -> Result<Vec<PageRange>> {
+pub(super) fn choose(
+    tip: &Snapshot,
+    pages: u64,
+    changed: &[PageRange],
+    duplicates: &PageSet,
+) -> Result<Vec<PageRange>> {
     let stripes: Vec<PageRange> = stripes_of(pages).collect();
     let mut chosen = Vec::new();
     let mut others = Vec::new();
@@ -104,7 +109,7 @@ impl Account {
             }
         }
         let copies = duplicates.count_in(stripe) + total(changed);
-        let own_part = if live == 0 { 0 } else { copies * (live - live_held) / live };
+        let own_part = (copies * (live - live_held)).checked_div(live).unwrap_or(0);
         Ok((copies + own_part) as i64 - live_held as i64)
     }
 }

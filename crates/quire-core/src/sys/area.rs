@@ -51,7 +51,9 @@ impl Area {
         if addr == libc::MAP_FAILED {
             let errno = std::io::Error::last_os_error().raw_os_error().unwrap_or(0);
             if errno == libc::ENOMEM {
-                return Err(Error::Memory(format!("mmap: no room for {len} bytes of address space (RLIMIT_AS, or too large)")));
+                return Err(Error::Memory(format!(
+                    "mmap: no room for {len} bytes of address space (RLIMIT_AS, or too large)"
+                )));
             }
             return Err(Error::os("mmap", errno));
         }
@@ -84,7 +86,9 @@ impl Area {
         }
         let want = self.at(offset, len);
         // SAFETY: the range lies in this area, which we own, and no Rust reference into it exists (see above).
-        let got = unsafe { libc::mmap(want, len, prot, flags | libc::MAP_FIXED | libc::MAP_NORESERVE, fd, file_offset as i64) };
+        let got = unsafe {
+            libc::mmap(want, len, prot, flags | libc::MAP_FIXED | libc::MAP_NORESERVE, fd, file_offset as i64)
+        };
         if got == libc::MAP_FAILED { Err(map_error()) } else { Ok(()) }
     }
 
@@ -176,7 +180,12 @@ impl Area {
             // SAFETY: the destination lies in this area, and no Rust reference into it exists.
             let n = unsafe { libc::pread(fd.as_raw_fd(), to, len - done, (file_offset + done as u64) as i64) };
             match n {
-                0 => return Err(Error::Malformed(format!("a layer file ends before offset {}", file_offset + len as u64))),
+                0 => {
+                    return Err(Error::Malformed(format!(
+                        "a layer file ends before offset {}",
+                        file_offset + len as u64
+                    )));
+                }
                 n if n > 0 => done += n as usize,
                 _ if interrupted() => {}
                 _ => return Err(Error::last_os("pread")),
@@ -236,7 +245,6 @@ impl Area {
         }
         false
     }
-
 }
 
 impl Drop for Area {

@@ -127,9 +127,8 @@ const RELEASED: usize = 0;
 const CHANGING: usize = 1;
 const ACTIVE: usize = 2;
 const SLOTS: usize = 64;
-static HELD: [Slot; SLOTS] = [const {
-    Slot { start: AtomicUsize::new(0), end: AtomicUsize::new(0), state: AtomicUsize::new(RELEASED) }
-}; SLOTS];
+static HELD: [Slot; SLOTS] =
+    [const { Slot { start: AtomicUsize::new(0), end: AtomicUsize::new(0), state: AtomicUsize::new(RELEASED) } }; SLOTS];
 /// The action that was there before ours; leaked when replaced, because a handler may be reading it.
 static PREVIOUS: AtomicPtr<libc::sigaction> = AtomicPtr::new(std::ptr::null_mut());
 static INSTALLING: Mutex<()> = Mutex::new(());

@@ -98,7 +98,8 @@ pub fn read_exact(fd: BorrowedFd<'_>, buf: &mut [u8], offset: u64) -> Result<boo
     while done < buf.len() {
         let rest = &mut buf[done..];
         // SAFETY: the pointer and length describe `rest`.
-        let n = unsafe { libc::pread(fd.as_raw_fd(), rest.as_mut_ptr().cast(), rest.len(), (offset + done as u64) as i64) };
+        let n =
+            unsafe { libc::pread(fd.as_raw_fd(), rest.as_mut_ptr().cast(), rest.len(), (offset + done as u64) as i64) };
         match n {
             0 => return Ok(false),
             n if n > 0 => done += n as usize,

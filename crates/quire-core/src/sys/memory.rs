@@ -33,7 +33,12 @@ fn cgroup_headroom() -> Option<u64> {
         let mut parts = line.splitn(3, ':');
         let (Some(_), Some(controllers), Some(path)) = (parts.next(), parts.next(), parts.next()) else { continue };
         if controllers.split(',').any(|c| c == "memory") {
-            rooms.extend(headroom(&format!("/sys/fs/cgroup/memory{path}"), "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"));
+            rooms.extend(headroom(
+                &format!("/sys/fs/cgroup/memory{path}"),
+                "memory.limit_in_bytes",
+                "memory.usage_in_bytes",
+                "total_inactive_file",
+            ));
         } else if controllers.is_empty() {
             rooms.extend(headroom(&format!("/sys/fs/cgroup{path}"), "memory.max", "memory.current", "inactive_file"));
         }
@@ -45,9 +50,7 @@ fn headroom(dir: &str, limit: &str, usage: &str, reclaimable: &str) -> Option<u6
     let number = |name: &str| fs::read_to_string(format!("{dir}/{name}")).ok()?.trim().parse::<u64>().ok();
     let limit = number(limit)?;
     let stat = fs::read_to_string(format!("{dir}/memory.stat")).unwrap_or_default();
-    let free_at_once = stat
-        .lines()
-        .find_map(|line| line.strip_prefix(reclaimable)?.trim().parse::<u64>().ok())
-        .unwrap_or(0);
+    let free_at_once =
+        stat.lines().find_map(|line| line.strip_prefix(reclaimable)?.trim().parse::<u64>().ok()).unwrap_or(0);
     Some(limit.saturating_sub(number(usage)?.saturating_sub(free_at_once)))
 }

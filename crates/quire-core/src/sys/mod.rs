@@ -6,6 +6,7 @@ pub mod hold;
 pub mod memfd;
 pub mod memory;
 pub mod pagemap;
+pub mod probe;
 pub mod random;
 pub mod sysv;
 pub mod tracking;

@@ -5,11 +5,11 @@ use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd};
 
 use crate::pages::{PAGE, PageRange};
 use crate::sys::area::{Access, Area, Sharing};
+use crate::sys::memfd;
 use crate::sys::pagemap::{Pagemap, Query};
+use crate::sys::sysv::SharedId;
 use crate::sys::tracking::{OVERRIDE, Tracking};
 use crate::sys::uffd::{self, Uffd};
-use crate::sys::memfd;
-use crate::sys::sysv::SharedId;
 use crate::{Error, Result};
 
 /// One thing that was tried: Ok if it did what quire relies on.

@@ -90,13 +90,15 @@ fn owned(call: &'static str, fd: i64) -> Result<OwnedFd> {
 
 fn from_device() -> Result<OwnedFd> {
     // SAFETY: the path is a NUL-terminated literal.
-    let device = owned("open(/dev/userfaultfd)", i64::from(unsafe {
-        libc::open(c"/dev/userfaultfd".as_ptr(), libc::O_RDWR | libc::O_CLOEXEC)
-    }))?;
+    let device = owned(
+        "open(/dev/userfaultfd)",
+        i64::from(unsafe { libc::open(c"/dev/userfaultfd".as_ptr(), libc::O_RDWR | libc::O_CLOEXEC) }),
+    )?;
     // SAFETY: USERFAULTFD_IOC_NEW takes the flags by value.
-    owned("ioctl(USERFAULTFD_IOC_NEW)", i64::from(unsafe {
-        libc::ioctl(device.as_raw_fd(), IOC_NEW as _, libc::O_CLOEXEC)
-    }))
+    owned(
+        "ioctl(USERFAULTFD_IOC_NEW)",
+        i64::from(unsafe { libc::ioctl(device.as_raw_fd(), IOC_NEW as _, libc::O_CLOEXEC) }),
+    )
 }
 
 fn from_call() -> Result<OwnedFd> {

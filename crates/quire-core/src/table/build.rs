@@ -13,9 +13,14 @@ use crate::{Error, Result};
 pub enum Target {
     Zero,
     /// Pages of the layer being made.
-    Own { index: u64 },
+    Own {
+        index: u64,
+    },
     /// Pages of another new layer, by its place in the list given to the builder.
-    Other { layer: usize, index: u64 },
+    Other {
+        layer: usize,
+        index: u64,
+    },
 }
 
 /// A range of pages and what it becomes.
@@ -139,7 +144,7 @@ impl Builder<'_> {
         let children = (end - base).div_ceil(below);
         let table = match old {
             // A table that stands below this level (the tree has grown) stays as it is.
-            Ref::Table { layer, index } if !self.old.is_some_and(|old| level > old.level()) => Some((layer, index)),
+            Ref::Table { layer, index } if self.old.is_none_or(|old| level <= old.level()) => Some((layer, index)),
             _ => None,
         };
         if let Some((layer, _)) = table {
@@ -236,7 +241,13 @@ impl Builder<'_> {
     }
 
     /// Copy entries of an old node, replacing its slots by ours.
-    fn translate(&mut self, holder: Option<u8>, slots: &mut [u8; MAX_LAYERS], from: &[u64], to: &mut [u64]) -> Result<()> {
+    fn translate(
+        &mut self,
+        holder: Option<u8>,
+        slots: &mut [u8; MAX_LAYERS],
+        from: &[u64],
+        to: &mut [u64],
+    ) -> Result<()> {
         let (Some(holder), Some(old)) = (holder, self.old) else {
             to.copy_from_slice(from);
             return Ok(());

@@ -2,11 +2,11 @@
 
 use std::sync::Arc;
 
+use crate::Result;
+use crate::layer::MAX_LAYERS;
 use crate::pages::{FANOUT, PAGE, PageRange, push_merged};
 use crate::snapshot::{Ref, Snapshot};
-use crate::layer::MAX_LAYERS;
 use crate::table::{Entry, span};
-use crate::Result;
 
 /// Entries compared at once.
 const GROUP: usize = 16;
@@ -131,8 +131,10 @@ impl Walk<'_> {
         }
         // Tables of one lineage keep their slots, so that whole groups are equal words; slot 0 alone always differs.
         let grouped = agree | 1 == u64::MAX;
-        for (group, (group_a, group_b)) in entries_a.chunks_exact(GROUP).zip(entries_b.chunks_exact(GROUP)).enumerate() {
-            if grouped && group_a == group_b && !group_a.iter().any(|&raw| raw != 0 && Entry::from_raw(raw).slot() == 0) {
+        for (group, (group_a, group_b)) in entries_a.chunks_exact(GROUP).zip(entries_b.chunks_exact(GROUP)).enumerate()
+        {
+            if grouped && group_a == group_b && !group_a.iter().any(|&raw| raw != 0 && Entry::from_raw(raw).slot() == 0)
+            {
                 continue;
             }
             for (i, (&raw_a, &raw_b)) in group_a.iter().zip(group_b).enumerate() {
@@ -148,7 +150,14 @@ impl Walk<'_> {
 }
 
 /// Append those pages of a range whose bytes differ, skipping what is known to be a copy of the same page.
-fn differing_pages(a: &Snapshot, b: &Snapshot, pages: PageRange, at_a: Ref, at_b: Ref, out: &mut Vec<PageRange>) -> Result<()> {
+fn differing_pages(
+    a: &Snapshot,
+    b: &Snapshot,
+    pages: PageRange,
+    at_a: Ref,
+    at_b: Ref,
+    out: &mut Vec<PageRange>,
+) -> Result<()> {
     let (mut buf_a, mut buf_b) = ([0; PAGE as usize], [0; PAGE as usize]);
     let mut skip = 0;
     while skip < pages.len {

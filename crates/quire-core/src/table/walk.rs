@@ -70,7 +70,9 @@ impl Snapshot {
         }
         match at {
             Ref::Zero => push_extent(out, part, Source::Zero),
-            Ref::Run { layer, index } => push_extent(out, part, Source::Layer { layer, index: index + (part.start - base) }),
+            Ref::Run { layer, index } => {
+                push_extent(out, part, Source::Layer { layer, index: index + (part.start - base) })
+            }
             Ref::Table { .. } => {
                 let below = span(level - 1);
                 let first = (part.start - base) / below;
