@@ -20,6 +20,7 @@ use frozen::Frozen;
 
 /// Address space kept free behind a segment, so that it can grow without moving.
 const RESERVE_FACTOR: u64 = 8;
+const RESERVE_MORE_AT_LEAST: u64 = 1 << 30;
 const RESERVE_MORE_AT_MOST: u64 = 1 << 40;
 
 /// Which of the two stages a segment is in.
@@ -69,7 +70,7 @@ fn check_size(size_bytes: u64) -> Result<u64> {
 /// Reserve room for a segment and its growth; less of it where address space is limited.
 fn reserve(pages: u64) -> Result<Area> {
     let len = pages * PAGE;
-    let generous = len + (len * (RESERVE_FACTOR - 1)).min(RESERVE_MORE_AT_MOST);
+    let generous = len + (len * (RESERVE_FACTOR - 1)).clamp(RESERVE_MORE_AT_LEAST, RESERVE_MORE_AT_MOST);
     Area::reserve(generous as usize).or_else(|_| Area::reserve(len as usize))
 }
 
