@@ -64,7 +64,10 @@ def test_probing_leaves_nothing_behind() -> None:
     before = len(os.listdir("/proc/self/fd")), len(Path("/proc/self/maps").read_text().splitlines())
     for _ in range(20):
         quire.capabilities()
-    descriptors, vmas = len(os.listdir("/proc/self/fd")), len(Path("/proc/self/maps").read_text().splitlines())
+    descriptors, vmas = (
+        len(os.listdir("/proc/self/fd")),
+        len(Path("/proc/self/maps").read_text().splitlines()),
+    )
     assert descriptors == before[0]
     assert vmas < before[1] + 20
     assert "quire-probe" not in Path("/proc/self/maps").read_text()
@@ -97,7 +100,12 @@ def test_forced_fallback_is_reported() -> None:
 
 
 def test_needs_only_the_standard_library() -> None:
-    code = "import sys; sys.modules.update(rich=None, numpy=None); import quire.cli; sys.exit(quire.cli.main(['doctor']))"
+    code = """
+import sys
+sys.modules.update(rich=None, numpy=None)
+import quire.cli
+sys.exit(quire.cli.main(["doctor"]))
+"""
     subprocess.run([sys.executable, "-c", code], capture_output=True, check=True)
 
 
@@ -182,7 +190,10 @@ def test_unprivileged_user() -> None:
 
 def test_kernel_too_old_for_asynchronous_write_protection() -> None:
     (advice,) = advice_for(
-        **{"userfaultfd__feature.WP_ASYNC": errno.EINVAL, "userfaultfd__feature.WP_UNPOPULATED": errno.EINVAL},
+        **{
+            "userfaultfd__feature.WP_ASYNC": errno.EINVAL,
+            "userfaultfd__feature.WP_UNPOPULATED": errno.EINVAL,
+        },
         pagemap__scan=errno.EINVAL,
     )
     assert "WP_UNPOPULATED, WP_ASYNC" in advice.setting

@@ -32,8 +32,8 @@ def test_only_the_standard_library(statement: str) -> None:
 
 def test_nothing_slow() -> None:
     # Each of these takes longer to import than quire itself.
-    slow = {"asyncio", "dataclasses", "importlib.metadata", "inspect", "json", "logging", "multiprocessing", "pathlib"}
-    slow |= {"subprocess", "tempfile", "unittest"}
+    slow = {"asyncio", "dataclasses", "importlib.metadata", "inspect", "json", "logging", "multiprocessing"}
+    slow |= {"pathlib", "subprocess", "tempfile", "unittest"}
     assert not slow & set(loaded_by("import quire")), "import it where it is used"
 
 

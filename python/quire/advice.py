@@ -50,13 +50,16 @@ def advise(
     if any(failed is not None for name, failed in errnos.items() if name.startswith("memfd.seal")):
         yield _memfd(errnos["memfd.create"])
     if forced == "compare":
-        yield Advice("the kernel's marks of written pages: QUIRE_TRACKING=compare is set", "unset QUIRE_TRACKING")
+        yield Advice(
+            "the kernel's marks of written pages: QUIRE_TRACKING=compare is set",
+            "unset QUIRE_TRACKING",
+        )
     if errnos["pagemap.scan"] is not None:
         yield from _userfaultfd(errnos)
     elif errnos["userfaultfd.device"] is not None and errnos["userfaultfd.call"] is not None:
         yield Advice(
-            "faults inside system calls: a call such as readinto() fails with EFAULT if it stores into a segment"
-            " while it is rearranged",
+            "faults inside system calls: one that stores into a segment, as readinto does, fails with EFAULT"
+            " while the segment is rearranged",
             f"{_PERMIT}, or sysctl vm.unprivileged_userfaultfd=1",
         )
     if errnos["pagemap.read"] is not None:
@@ -103,7 +106,9 @@ def _userfaultfd(errnos: Mapping[str, int | None]) -> Iterator[Advice]:
     user_mode = errnos["userfaultfd.user_mode_call"]
     if None not in {device, call, user_mode}:
         if user_mode == errno.ENOSYS and device in {errno.ENOENT, errno.ENODEV, errno.ENXIO}:
-            yield Advice(lacks, "a kernel with CONFIG_USERFAULTFD (or a seccomp profile that allows userfaultfd)")
+            yield Advice(
+                lacks, "a kernel with CONFIG_USERFAULTFD (or a seccomp profile that allows userfaultfd)"
+            )
         elif user_mode == errno.EINVAL:
             yield Advice(lacks, f"sysctl vm.unprivileged_userfaultfd=1, or {_PERMIT}")
         else:

@@ -44,7 +44,8 @@ class Uses(NamedTuple):
             copies are compared with the last version; the same results, slower.
         holding: How other threads' stores wait while memory is rearranged: they sleep in the kernel
             (``userfaultfd``) or in a signal handler (``sigsegv``).
-        forced: The value of the environment variable ``QUIRE_TRACKING``, or None; ``compare`` forces the fallback.
+        forced: The value of the environment variable ``QUIRE_TRACKING``, or None. ``compare`` forces the
+            fallback; it is read when the process first makes a segment or asks for capabilities.
     """
 
     tracking: Literal["userfaultfd", "compare"]
