@@ -88,6 +88,15 @@ impl Frozen {
         Ok(())
     }
 
+    /// Register again what a failed transition left without tracking.
+    fn restore_tracking(&mut self, area: &Area) -> Result<()> {
+        while let Some(&range) = self.unregistered.last() {
+            self.track(area, range)?;
+            self.unregistered.pop();
+        }
+        Ok(())
+    }
+
     /// The pages that differ from the tip, as far as the tracker can tell.
     fn changed(&self, area: &Area, tracking: &Tracking, pages: u64) -> Result<Vec<PageRange>> {
         let mut found = Vec::new();
@@ -112,12 +121,7 @@ impl Frozen {
     pub fn publish(&mut self, area: &Area, size_bytes: u64) -> Result<(Arc<Snapshot>, Stats)> {
         let tracking = tracking();
         let pages = size_bytes.div_ceil(PAGE);
-        for range in std::mem::take(&mut self.unregistered) {
-            if let Err(error) = self.track(area, range) {
-                self.unregistered.push(range);
-                return Err(error);
-            }
-        }
+        self.restore_tracking(area)?;
         // From here on the marks are gone: until the version is complete, its pages stay pending.
         self.pending = self.changed(area, &tracking, pages)?;
         let mut stats = Stats { pages_scanned: pages, ..Stats::default() };
@@ -201,6 +205,7 @@ impl Frozen {
     pub fn sever(&mut self, area: &Area, size_bytes: u64, pages: u64) -> Result<(Arc<Snapshot>, Stats, super::Fresh)> {
         let tracking = tracking();
         let whole = PageRange::new(0, pages);
+        self.restore_tracking(area)?;
         self.pending = self.changed(area, &tracking, pages)?;
         self.unregistered = vec![whole];
         let hold = Hold::new(area, &self.zones.to_hold(whole), &tracking)?;
