@@ -63,8 +63,10 @@ impl Walk<'_> {
         if !matches!(a, Ref::Table { .. }) && !matches!(b, Ref::Table { .. }) {
             return (self.found)(PageRange::between(base, (base + span(level)).min(self.common)), a, b);
         }
-        if let (1, Ref::Table { layer: la, index: ia }, Ref::Table { layer: lb, index: ib }) = (level, a, b) {
-            return self.leaves(base, (la, ia), (lb, ib));
+        if let (Ref::Table { layer: la, index: ia }, Ref::Table { layer: lb, index: ib }) = (a, b) {
+            if level <= self.a.level() && level <= self.b.level() {
+                return self.nodes(level, base, (la, ia), (lb, ib));
+            }
         }
         match (level, a, b) {
             (1, Ref::Run { layer, index }, Ref::Table { layer: holder, index: node }) => {
@@ -116,8 +118,8 @@ impl Walk<'_> {
         Ok(())
     }
 
-    /// Two nodes of the last level. Most entries are equal words with slots that mean the same in both.
-    fn leaves(&mut self, base: u64, (la, ia): (u8, u64), (lb, ib): (u8, u64)) -> Result<()> {
+    /// Two nodes. Most entries are equal words with slots that mean the same in both.
+    fn nodes(&mut self, level: u32, base: u64, (la, ia): (u8, u64), (lb, ib): (u8, u64)) -> Result<()> {
         let (entries_a, entries_b) = (self.a.table(la, ia)?, self.b.table(lb, ib)?);
         let mut agree = 0u64;
         for slot in 0..MAX_LAYERS as u8 {
@@ -142,7 +144,7 @@ impl Walk<'_> {
                     continue;
                 }
                 let (a, b) = (self.a.resolve(la, Entry::from_raw(raw_a))?, self.b.resolve(lb, Entry::from_raw(raw_b))?);
-                self.visit(0, base + (group * GROUP + i) as u64, a, b)?;
+                self.visit(level - 1, base + (group * GROUP + i) as u64 * span(level - 1), a, b)?;
             }
         }
         Ok(())
