@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import operator
 from math import prod
-from typing import TYPE_CHECKING, Any, overload
+from typing import TYPE_CHECKING, Any, TypeAlias, cast, overload
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -15,6 +15,9 @@ if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
     from typing_extensions import Buffer
+
+    # Before Python 3.12 a type checker cannot see that an array exports a buffer.
+    Exporter: TypeAlias = Buffer | npt.NDArray[Any]
 
 __all__ = ["ArrayViews", "checked_size", "raw_view"]
 
@@ -32,7 +35,7 @@ def checked_size(size_bytes: int) -> int:
     return size_bytes
 
 
-def raw_view(data: Buffer) -> memoryview:
+def raw_view(data: Exporter) -> memoryview:
     """Show the memory of any C-contiguous buffer as bytes, without a copy.
 
     ``memoryview.cast`` refuses item formats that it does not know, such as numpy's structured ones; this does
@@ -47,12 +50,13 @@ def raw_view(data: Buffer) -> memoryview:
     """
     from pickle import PickleBuffer
 
-    with memoryview(data) as view:
+    buffer = cast("Buffer", data)
+    with memoryview(buffer) as view:
         if not view.c_contiguous:
             raise ValueError(
                 "the buffer is not C-contiguous: pass a copy that is, numpy.ascontiguousarray makes one"
             )
-    return PickleBuffer(data).raw()
+    return PickleBuffer(buffer).raw()
 
 
 class ArrayViews:
@@ -140,7 +144,7 @@ class ArrayViews:
             value: int = view[key]
             return value
 
-    def __setitem__(self, key: int | slice, value: int | Buffer) -> None:
+    def __setitem__(self, key: int | slice, value: int | Exporter) -> None:
         """Store one byte, or a buffer of exactly the slice's length in bytes.
 
         Raises:

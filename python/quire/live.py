@@ -51,6 +51,7 @@ class LiveSegment(ArrayViews, Closing, _native.LiveSegment):
 
         Raises:
             ValueError: The size is not positive or the backend is neither.
+            MemoryError: There is too little address space.
             OSError: The kernel refused.
         """
         self = super().__new__(cls, checked_size(size_bytes), backend=backend)
@@ -93,7 +94,7 @@ class LiveSegment(ArrayViews, Closing, _native.LiveSegment):
         content as it is. All pages that hold data are copied, because mirrors must go on seeing writes.
 
         Raises:
-            OSError: The kernel refused, for instance for want of memory.
+            MemoryError, OSError: There is too little memory, or the kernel refused.
         """
         with contextlib.nullcontext() if self._lock.mine else self._lock.hold():
             return Snapshot._wrap(self.snapshot_native())

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from contextlib import AbstractContextManager
     from typing import NoReturn
 
-    from typing_extensions import Buffer
+    from quire.arrays import Exporter
 
 __all__ = ["Segment"]
 
@@ -39,14 +39,15 @@ class Segment(ArrayViews, Closing, _native.Segment):
 
         Raises:
             ValueError: The size is not positive or too large for a segment.
-            OSError: The kernel refused, for instance for want of address space.
+            MemoryError: There is too little address space.
+            OSError: The kernel refused.
         """
         self = super().__new__(cls, checked_size(size_bytes))
         self._gate = WritingGate()
         return self
 
     @classmethod
-    def from_buffer(cls, data: Buffer) -> Self:
+    def from_buffer(cls, data: Exporter) -> Self:
         """Make a segment with the content of a buffer, copied.
 
         Args:
@@ -58,7 +59,7 @@ class Segment(ArrayViews, Closing, _native.Segment):
         Raises:
             TypeError: The object exports no buffer.
             ValueError: The buffer is empty or not C-contiguous.
-            OSError: There is too little memory for the copy.
+            MemoryError, OSError: There is too little memory for the copy.
         """
         with raw_view(data) as view:
             if not view.nbytes:
@@ -79,14 +80,14 @@ class Segment(ArrayViews, Closing, _native.Segment):
         self._gate = WritingGate()
         return self
 
-    def __setitem__(self, key: int | slice, value: int | Buffer) -> None:
+    def __setitem__(self, key: int | slice, value: int | Exporter) -> None:
         """Store one byte, or a buffer of exactly the slice's length in bytes.
 
         A consecutive slice is written so that full memory raises, where storing through a view would end the
         process with SIGBUS.
 
         Raises:
-            OSError: There is too little memory.
+            MemoryError, OSError: There is too little memory.
             IndexError: The byte is outside the memory.
             ValueError: The lengths differ, or the byte is not 0 to 255.
         """
@@ -110,7 +111,7 @@ class Segment(ArrayViews, Closing, _native.Segment):
         Raises:
             ForkedError: This process was forked from the one that made the segment.
             RuntimeError: The calling thread is inside ``writing()``.
-            OSError: The kernel refused, for instance for want of memory; the segment is as before.
+            MemoryError, OSError: There is too little memory, or the kernel refused; the segment is as before.
         """
         with self._gate.exclusive():
             return Snapshot._wrap(self.snapshot_native())
@@ -137,7 +138,7 @@ class Segment(ArrayViews, Closing, _native.Segment):
             ValueError: The new length is less than the old one or too large for a segment.
             BufferError: The segment would have to move and views of it are exported.
             ForkedError: This process was forked from the one that made the segment.
-            OSError: The kernel refused.
+            MemoryError, OSError: There is too little address space, or the kernel refused.
         """
         super().grow(checked_size(size_bytes))
 

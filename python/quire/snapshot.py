@@ -120,7 +120,8 @@ class Snapshot(Closing):
             A mapping that stays valid when the snapshot is closed.
 
         Raises:
-            OSError: The kernel refused, for instance for want of address space.
+            MemoryError: There is too little address space.
+            OSError: The kernel refused.
         """
         return Mapping(self, private=private)
 
@@ -144,7 +145,8 @@ class Snapshot(Closing):
         """Return a new writable segment that starts as this snapshot; nothing is copied.
 
         Raises:
-            OSError: The kernel refused, for instance for want of address space.
+            MemoryError: There is too little address space.
+            OSError: The kernel refused.
         """
         return self._segment_type._from_snapshot(self)
 
