@@ -28,14 +28,17 @@ from benches.receiving import Receiver, contents
 
 PER_ROUND = 5
 VERSIONS = 10
+INSIDE = "recv, map and the byte, timed in the receiver as Ray's get is"
 
 
-def hand_over(receiver: Receiver, snapshot: quire.Snapshot) -> float:
+def hand_over(receiver: Receiver, snapshot: quire.Snapshot, row: Row | None = None) -> float:
     """Send a snapshot; return the seconds until the other process has mapped it and read a byte."""
     start = time.perf_counter()
     quire.send(receiver.sock, snapshot)
     seconds = receiver.wait_mapped() - start
-    receiver.wait_idle()
+    inside = receiver.wait_idle()
+    if row is not None:
+        row.part(INSIDE, inside)
     return seconds
 
 
@@ -131,8 +134,8 @@ def measure(plan: Plan) -> list[Row]:
         channel = quire.Channel(channel_receiver.sock)
         for number in range(plan.handovers + 1):
             warm(64 * MIB)
-            whole_group = [hand_over(receiver, base) for _ in range(PER_ROUND)]
-            scattered_group = [hand_over(receiver, top) for _ in range(PER_ROUND)]
+            whole_group = [hand_over(receiver, base, first) for _ in range(PER_ROUND)]
+            scattered_group = [hand_over(receiver, top, scattered) for _ in range(PER_ROUND)]
             warm_for_version(changed)
             store(newer, places(rng, pages, changed), 1000 + number)
             version = newest.snapshot()

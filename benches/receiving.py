@@ -1,6 +1,8 @@
 """Processes that wait for something to be handed over, and say when they have it."""
 
+import select
 import socket
+import struct
 import time
 from multiprocessing import get_context
 from multiprocessing.shared_memory import SharedMemory
@@ -8,6 +10,7 @@ from typing import Literal, Self
 
 import quire
 
+_SECONDS = struct.Struct("d")
 Kind = Literal["snapshot", "channel", "block", "ping"]
 NAME_BYTES = 64
 
@@ -40,9 +43,17 @@ class Receiver:
         self._wait()
         return time.perf_counter()
 
-    def wait_idle(self) -> None:
-        """Wait until it has given up what it had, and its processor is free."""
-        self._wait()
+    def wait_idle(self) -> float:
+        """Wait until it has given up what it had, and its processor is free.
+
+        Returns:
+            For a receiver of snapshots the seconds from when the message had come until a byte was read.
+        """
+        answer = self._answers.recv(_SECONDS.size, socket.MSG_WAITALL)
+        if len(answer) != _SECONDS.size:
+            raise RuntimeError(f"a receiver ended early, exit code {self._process.exitcode}")
+        seconds: float = _SECONDS.unpack(answer)[0]
+        return seconds
 
     def __enter__(self) -> Self:
         return self
@@ -71,15 +82,18 @@ def _serve(kind: Kind, sock: socket.socket, answers: socket.socket) -> None:
 
 def _snapshots(sock: socket.socket, answers: socket.socket) -> None:
     while True:
+        select.select([sock], [], [])
+        start = time.perf_counter()
         snapshot = quire.recv(sock)
         assert isinstance(snapshot, quire.Snapshot)
         mapping = snapshot.map()
         with memoryview(mapping) as view:
             assert view[0] >= 0
+        seconds = time.perf_counter() - start
         answers.sendall(b"m")
         mapping.close()
         snapshot.close()
-        answers.sendall(b"i")
+        answers.sendall(_SECONDS.pack(seconds))
 
 
 def _channel(sock: socket.socket, answers: socket.socket) -> None:
@@ -96,7 +110,7 @@ def _channel(sock: socket.socket, answers: socket.socket) -> None:
             assert view[0] >= 0
         answers.sendall(b"m")
         snapshot.close()
-        answers.sendall(b"i")
+        answers.sendall(_SECONDS.pack(0.0))
 
 
 def _blocks(sock: socket.socket, answers: socket.socket) -> None:
@@ -106,10 +120,10 @@ def _blocks(sock: socket.socket, answers: socket.socket) -> None:
             assert view[0] >= 0
         answers.sendall(b"m")
         block.close()
-        answers.sendall(b"i")
+        answers.sendall(_SECONDS.pack(0.0))
 
 
 def _pings(sock: socket.socket, answers: socket.socket) -> None:
     while sock.recv(1):
         answers.sendall(b"m")
-        answers.sendall(b"i")
+        answers.sendall(_SECONDS.pack(0.0))

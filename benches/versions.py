@@ -49,6 +49,8 @@ class Ours:
         self.newest = self.segment.snapshot()
         self.value = 1 << 40
         self.most_layers = self.newest.layers
+        self.copied_pages = 0
+        self.changed_pages = 0
 
     def version(self, where: Places, row: Row) -> float:
         """Store, take a snapshot, drop the one before; add the parts to the row and return the cost."""
@@ -64,6 +66,8 @@ class Ours:
         row.part(DROP, timed(self.newest.close))
         self.newest = snapshot
         self.most_layers = max(self.most_layers, snapshot.layers)
+        self.copied_pages += snapshot.stats.pages_copied
+        self.changed_pages += len(where)
         return writes + call
 
     def close(self) -> None:
@@ -162,6 +166,7 @@ def _measure(plan: Plan, fraction: float, goals: tuple[float, float, float], per
         f" rounds, {changed} pages each; at most {ours.most_layers} layers."
         " Mean and worst include the rewriting of stripes and the merging of layers."
     )
+    row.notes.append(_bursts(row.parts[SNAPSHOT], ours.copied_pages / ours.changed_pages))
     if huge_bytes:
         row.notes.append(
             f"Fork with huge pages got new memory for every round, {min(huge_bytes) / plan.size_bytes:.0%} of"
@@ -177,6 +182,20 @@ def _measure(plan: Plan, fraction: float, goals: tuple[float, float, float], per
     ours.close()
     bare.close()
     return row
+
+
+def _bursts(calls: list[float], copies_per_page: float) -> str:
+    """Say how much of the time the expensive calls take."""
+    usual = median_of(calls)
+    bursts = [seconds for seconds in calls if seconds > 5 * usual]
+    share = sum(bursts) / sum(calls)
+    text = f"{copies_per_page:.1f} pages were copied for each page changed."
+    if bursts:
+        text += (
+            f" {len(bursts)} of the {len(calls)} calls of snapshot() took more than five times the median,"
+            f" {1e3 * median_of(bursts):.0f} ms in the median; they are {share:.0%} of the time in snapshot()."
+        )
+    return text
 
 
 def first_snapshot(plan: Plan) -> Row:
