@@ -1,8 +1,12 @@
 """``quire demo``: a writer and its readers share versions of real data, checked, measured and drawn.
 
-The command (`command`) starts one `writer` and some `reader` programs, and when they are done `compare`, which
-does the same work with numpy, fork and shared memory. Readers are given a socket path and nothing else.
+The command (`command`) starts one `writer` and some `reader` programs, and when they are done
+`compare`, which does the same work with numpy, fork and shared memory. Readers are given a socket path and
+nothing else.
 """
+
+# rich is imported when it is known to be there.
+# ruff: noqa: PLC0415
 
 from __future__ import annotations
 

@@ -83,6 +83,7 @@ def play(args: argparse.Namespace, path: str, programs: Programs, figures: Figur
     }
     with Progress(args.versions, args.readers) as progress:
         writer = programs.start("the writer", "writer", json.dumps(config))
+        progress.say(f"the writer is process {writer.process.pid}")
         for event in programs.events(writer):
             handle(event, writer, figures, progress)
             if event["event"] == "listening":

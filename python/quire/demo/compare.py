@@ -1,7 +1,7 @@
 """The same versions made with other means, on the same data. Run as a program of its own by the command.
 
-``python -m quire.demo.compare PATH`` receives the last version and which pages changed in the versions before.
-Each means in turn stores one byte into each of those pages and takes a version, again and again.
+``python -m quire.demo.compare PATH`` receives the last version and which pages changed in the versions
+before. Each means in turn stores one byte into each of those pages and takes a version, again and again.
 """
 
 from __future__ import annotations
@@ -149,6 +149,7 @@ def with_shared_memory(data: npt.NDArray[np.uint8], replay: list[npt.NDArray[np.
     block = SharedMemory(create=True, size=len(data))
     # Its name is not needed, so that nothing is left whatever happens.
     block.unlink()
+    assert block.buf is not None  # until it is closed
     kept = np.frombuffer(block.buf, np.uint8, len(data))
     _copy_versions(timings, data, kept, replay)
     timings.tell()

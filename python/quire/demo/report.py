@@ -20,10 +20,10 @@ if TYPE_CHECKING:
 __all__ = ["bytes_text", "duration_text", "report"]
 
 WHO_READS = {
-    "quire": "any process; verified",
-    "fork": "the child only",
-    "np.copyto": "this process only",
-    "shared_memory": "any process; not verified",
+    "quire": "all, verified",
+    "fork": "the child",
+    "np.copyto": "the writer",
+    "shared_memory": "all, unverified",
 }
 
 
@@ -65,17 +65,22 @@ def _main_table(figures: Figures) -> Table:
     pages = figures.pages()
     total_pages = -(-size // PAGE_SIZE)
     worst = figures.worst_memory
-    table = Table(title=figures.data["title"], box=box.SIMPLE_HEAD, show_header=False, title_justify="left")
+    table = Table(
+        title=figures.data["title"],
+        box=box.SIMPLE_HEAD,
+        show_header=False,
+        title_justify="left",
+        title_style="bold",
+    )
     table.add_column(no_wrap=True)
     table.add_column()
     table.add_row("data", f"{bytes_text(size)}, {figures.data['rows']:,} rows, {total_pages:,} pages")
-    table.add_row(
-        "versions", f"{len(figures.versions)}, each verified and agreed with by {figures.readers} reader(s)"
-    )
+    table.add_row("versions", f"{len(figures.versions)}; {figures.agreed} verified reads, all exact")
     if pages:
         table.add_row(
             "pages changed per version",
-            f"{min(pages):,} to {max(pages):,} ({min(pages) / total_pages:.2%} to {max(pages) / total_pages:.2%})",
+            f"{min(pages):,} to {max(pages):,}"
+            f" ({min(pages) / total_pages:.2%} to {max(pages) / total_pages:.2%})",
         )
     table.add_row("time of the first version", duration_text(figures.versions[0]["snapshot_ns"]))
     table.add_row(
@@ -96,11 +101,12 @@ def _comparison(figures: Figures) -> Table:
         title=f"The pages of the last {count} versions changed again, with other means [3]",
         box=box.SIMPLE_HEAD,
         title_justify="left",
+        title_style="bold",
     )
     table.add_column("")
     for heading in ("version", "worst", "stores", "memory [4]"):
         table.add_column(heading, justify="right", no_wrap=True)
-    table.add_column("who can read it")
+    table.add_column("readers", no_wrap=True)
     for name, event in figures.compared.items():
         version, store = Spread.of(event["version_ns"]), Spread.of(event["store_ns"])
         extra = figures.extra_bytes(name)
@@ -119,14 +125,24 @@ def _notes(figures: Figures) -> list[str]:
     worst = figures.worst_memory
     return [
         "[1] From before the writer sends until the reader has verified and mapped it, over all readers.",
-        f"[2] The largest of {len(figures.memory)} looks: the sum of Pss of command, writer and readers"
-        f" ({bytes_text(worst.pss)}; it divides a shared page among those that map it), plus what memfds hold"
-        f" that no process has mapped ({bytes_text(worst.unmapped)}). Each memfd counts once.",
-        "[3] version: median time to take one (snapshot, fork, or copying everything); the worst of a copy is"
-        " the first, into memory not touched before. stores: median time to store a byte into each changed"
-        " page; after a snapshot or fork these copy pages. All with 4 KiB pages.",
-        "[4] Beyond one copy of the data, while a version is held. For quire that of all processes in the"
-        " first table, interpreters included; for the others only what holding the version adds.",
-        f"Everything was measured in this run: {figures.elapsed_s:.0f} s, at most"
-        f" {bytes_text(figures.peak_bytes)} in use at any look, the comparison included.",
+        (
+            f"[2] The largest of {len(figures.memory)} looks: the sum of Pss of command, writer and readers"
+            f" ({bytes_text(worst.pss)}; it divides a shared page among those that map it), plus what memfds"
+            f" hold that no process has mapped ({bytes_text(worst.unmapped)}). Each memfd counts once."
+            f" Readers had copied in at most {bytes_text(figures.copied_bytes)}, where mapping every run of"
+            " pages by itself would have taken too many VMAs."
+        ),
+        (
+            "[3] version: median time to take one (snapshot, fork, or copying everything); the worst of a"
+            " copy is the first, into memory not touched before. stores: median time to store a byte into"
+            " each changed page; after a snapshot or fork these copy pages. All with 4 KiB pages."
+        ),
+        (
+            "[4] Beyond one copy of the data, while a version is held. For quire that of all processes in the"
+            " first table, interpreters included; for the others only what holding the version adds."
+        ),
+        (
+            f"Everything was measured in this run: {figures.elapsed_s:.0f} s, at most"
+            f" {bytes_text(figures.peak_bytes)} in use at any look, the comparison included."
+        ),
     ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import socket
 import sys
 import time
@@ -128,6 +129,7 @@ class Publisher:
                 "agreed",
                 version=self.version,
                 handover_ns=[verdict["handover_ns"] for verdict in verdicts],
+                copied_pages=[verdict["copied_pages"] for verdict in verdicts],
                 aggregate_ns=[verdict["aggregate_ns"] for verdict in verdicts],
             )
 
@@ -201,7 +203,7 @@ def write(config: dict[str, Any]) -> None:
             started = time.perf_counter_ns()
             make()
             publisher.publish(what, time.perf_counter_ns() - started, config["falsify"])
-            if version % every == 0:
+            if version % every == 0 and version < config["versions"]:
                 ask("measure", version=version)
         publisher.await_readers()
         ask("measure", version=publisher.version)
@@ -224,12 +226,14 @@ def serve_comparison(listener: socket.socket, publisher: Publisher) -> None:
 
 def main() -> int:
     """Run as a program; the configuration is the only argument, in JSON."""
+    config = json.loads(sys.argv[1])
     try:
-        write(json.loads(sys.argv[1]))
+        write(config)
     except Failure as failure:
         announce("failed", text=str(failure))
     except (BrokenPipeError, EOFError):
-        # The command is gone, so nobody is left to tell.
+        # The command is gone, so nobody is left to tell, or to remove the folder of the socket.
+        shutil.rmtree(Path(config["socket"]).parent, ignore_errors=True)
         return 1
     except (OSError, MemoryError, ValueError) as error:
         announce("failed", text=f"the writer cannot go on: {type(error).__name__}: {error}")
