@@ -193,7 +193,7 @@ def _bursts(calls: list[float], copies_per_page: float) -> str:
     if bursts:
         text += (
             f" {len(bursts)} of the {len(calls)} calls of snapshot() took more than five times the median,"
-            f" {1e3 * median_of(bursts):.0f} ms in the median; they are {share:.0%} of the time in snapshot()."
+            f" {1e3 * median_of(bursts):.0f} ms in the median; they are {share:.0%} of its time."
         )
     return text
 
