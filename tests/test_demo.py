@@ -46,7 +46,7 @@ def nothing_is_left(tmp_path: Path) -> Iterator[None]:
     """No process and no shared memory of the demo may outlive it."""
     before = set(os.listdir("/dev/shm"))
     yield
-    assert {name for name in set(os.listdir("/dev/shm")) - before if name.startswith("psm_")} == set()
+    assert {name for name in set(os.listdir("/dev/shm")) - before if name.startswith("quire-demo-")} == set()
     for pid in programs(tmp_path):
         # The last of them may still be ending, its writer gone: that must be a matter of moments.
         try:

@@ -54,7 +54,7 @@ def draw(figures: Figures) -> str:
             LEFT,
             68,
             f"{bytes_text(size)} in {-(-size // PAGE_SIZE):,} pages of 4 KiB; "
-            f"{len(figures.versions)} versions, each checked by {figures.readers} reader(s)",
+            f"{len(figures.versions)} versions, {figures.agreed} verified reads",
         ),
     ]
     step = WIDTH / max(1, len(versions))
