@@ -22,12 +22,17 @@ def descriptors() -> dict[int, str]:
 
 
 @contextlib.contextmanager
-def no_new_descriptors() -> Iterator[None]:
-    """The block may not leave a descriptor open that was not."""
-    gc.collect()
+def no_new_descriptors(*, collect: bool = True) -> Iterator[None]:
+    """The block may not leave a descriptor open that was not.
+
+    Without ``collect`` not even until the garbage collector runs, which takes a while.
+    """
+    if collect:
+        gc.collect()
     before = descriptors()
     yield
-    gc.collect()
+    if collect:
+        gc.collect()
     after = descriptors()
     new = {fd: what for fd, what in after.items() if before.get(fd) != what and not kept(what)}
     assert not new, f"descriptors left open: {new}"

@@ -110,11 +110,8 @@ class _Deadline:
 
     def wait(self, sock: socket.socket, event: int) -> bool:
         """Wait until the socket is ready; False when the moment has come first."""
-        descriptor = sock.fileno()
-        if descriptor < 0:
-            raise ValueError("the socket is closed")
         poller = select.poll()
-        poller.register(descriptor, event)
+        poller.register(_number(sock), event)
         if self._end is None:
             return bool(poller.poll())
         return bool(poller.poll(max(0, math.ceil((self._end - time.monotonic()) * 1000))))
@@ -122,6 +119,14 @@ class _Deadline:
     def stalled(self, what: str, done: int) -> NoReturn:
         """Raise Stalled."""
         raise Stalled(f"the peer {what} {done} bytes of a message within {self._timeout} s; close the socket")
+
+
+def _number(sock: socket.socket) -> int:
+    """The descriptor of a socket that is open."""
+    number = sock.fileno()
+    if number < 0:
+        raise ValueError("the socket is closed")
+    return number
 
 
 def check_socket(sock: socket.socket) -> None:
@@ -193,7 +198,7 @@ def _first_bytes(sock: socket.socket, message: Message, progress: Progress) -> b
             raise TimeoutError(f"no message began within the socket's timeout of {own_timeout} s")
         try:
             data = _read(sock, messages.HEADER_BYTES, message)
-        except BlockingIOError:
+        except (BlockingIOError, TimeoutError):
             if own_timeout == 0:
                 raise
             continue
@@ -216,7 +221,7 @@ def _read_until(sock: socket.socket, data: bytes, total: int, message: Message, 
             deadline.stalled("sent no more than", len(data))
         try:
             more = _read(sock, total - len(data), message)
-        except BlockingIOError:
+        except (BlockingIOError, TimeoutError):
             continue
         except ConnectionResetError as error:
             raise Malformed(f"the connection was reset after {len(data)} bytes of a message") from error
@@ -260,19 +265,24 @@ def _send(
     progress: Progress | None,
 ) -> None:
     """Send one message whole; the descriptors go with its first byte and stay the caller's."""
+    _number(sock)
     progress = progress or Progress()
     deadline = _Deadline(timeout)
-    non_blocking = sock.gettimeout() == 0
+    own_timeout = sock.gettimeout()
+    # Python itself waits before every call on a socket that has a timeout, and not for as long as we do. On
+    # others waiting first would be wrong: poll sees room only when three quarters of the buffer are free.
+    full = own_timeout is not None and own_timeout > 0
     rest = memoryview(data)
     ancillary = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", descriptors))] if descriptors else []
     while rest:
-        if (progress.begun or not non_blocking) and not deadline.wait(sock, select.POLLOUT):
+        if full and not deadline.wait(sock, select.POLLOUT):
             deadline.stalled("took no more than", len(data) - len(rest))
         try:
             sent = sock.sendmsg([rest], ancillary, socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL)
-        except BlockingIOError:
-            if non_blocking and not progress.begun:
+        except (BlockingIOError, TimeoutError):
+            if own_timeout == 0 and not progress.begun:
                 raise
+            full = True
             continue
         except OSError as error:
             hint = _HINTS.get(error.errno or 0)
