@@ -34,7 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--scale", type=_positive, help="how many times the data is repeated; by default as fills about 1 GiB"
     )
     parser.add_argument(
-        "--versions", type=_positive, default=24, help="versions to publish (default %(default)s)"
+        "--versions", type=_positive, default=20, help="versions to publish (default %(default)s)"
     )
     parser.add_argument("--readers", type=_positive, default=2, help="reader processes (default %(default)s)")
     parser.add_argument(
