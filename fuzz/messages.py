@@ -24,10 +24,11 @@ from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-import quire
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from hypothesis.database import DirectoryBasedExampleDatabase
+
+import quire
 from quire import messages
 
 if TYPE_CHECKING:
@@ -75,9 +76,10 @@ class Step:
 
 
 KINDS = [
-    "layer 0", "layer 1", "layer 2", "layer 3", "mirror", "unsealed", "half sealed", "sealed noise", "sealed empty",
-    "sealed hole", "future write", "pipe", "socket", "file", "null", "directory", "eventfd", "epoll", "write only",
-]  # fmt: skip
+    *("layer 0", "layer 1", "layer 2", "layer 3", "mirror"),
+    *("unsealed", "half sealed", "sealed noise", "sealed empty", "sealed hole", "future write", "write only"),
+    *("pipe", "socket", "file", "null", "directory", "eventfd", "epoll"),
+]
 
 
 def open_kind(kind: str, honest: Honest, noise: bytes) -> int:
