@@ -8,7 +8,7 @@ use std::collections::HashMap;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, Weak};
 
-use crate::pages::{FANOUT, MAX_PAGES, PAGE};
+use crate::pages::{FANOUT, MAX_PAGES, PAGE, PageRange};
 use crate::sys::memfd::{self, Piece};
 use crate::table::Entry;
 use crate::{Error, Result};
@@ -159,8 +159,11 @@ struct Mapped {
 
 impl Mapped {
     fn new(fd: BorrowedFd<'_>, offset: u64, len: usize) -> Result<Self> {
-        // One call for a few thousand pages is far cheaper than their faults.
-        let populate = if len as u64 <= POPULATE_PAGES * PAGE { libc::MAP_POPULATE } else { 0 };
+        // One call for a few thousand pages is far cheaper than their faults. A file with holes is left alone: populating
+        // would fill them, at our cost.
+        let whole = memfd::status(fd)?;
+        let dense = whole.allocated_bytes >= whole.size;
+        let populate = if dense && len as u64 <= POPULATE_PAGES * PAGE { libc::MAP_POPULATE } else { 0 };
         let flags = libc::MAP_PRIVATE | libc::MAP_NORESERVE | populate;
         // SAFETY: a new private read-only mapping at an address of the kernel's choice.
         let addr =
@@ -211,6 +214,8 @@ pub struct Layer {
     nodes: Nodes,
     data: OnceLock<Mapped>,
     origins: Origins,
+    gathered: bool,
+    dense: OnceLock<bool>,
 }
 
 static OPEN: Mutex<Option<HashMap<Key, Weak<Layer>>>> = Mutex::new(None);
@@ -233,6 +238,8 @@ pub struct Draft {
     pub size_bytes: u64,
     pub root: Entry,
     pub origins: Origins,
+    /// The pages were gathered from a writer that does not map them from here.
+    pub gathered: bool,
 }
 
 impl Layer {
@@ -260,6 +267,8 @@ impl Layer {
             nodes: if trailer.node_pages > 0 { Nodes::Mapped(OnceLock::new()) } else { Nodes::None },
             data: OnceLock::new(),
             origins: draft.origins,
+            gathered: draft.gathered,
+            dense: OnceLock::new(),
             trailer,
             fd: draft.fd,
         });
@@ -283,6 +292,8 @@ impl Layer {
             nodes: if trailer.node_pages > 0 { Nodes::Mapped(OnceLock::new()) } else { Nodes::None },
             data: OnceLock::new(),
             origins: Origins::default(),
+            gathered: false,
+            dense: OnceLock::new(),
             trailer,
             fd,
         });
@@ -315,6 +326,8 @@ impl Layer {
             nodes: Nodes::Copied(nodes.into_boxed_slice()),
             data: OnceLock::new(),
             origins: Origins::default(),
+            gathered: false,
+            dense: OnceLock::new(),
             trailer,
             fd,
         }))
@@ -342,6 +355,21 @@ impl Layer {
     #[must_use]
     pub const fn backing(&self) -> Backing {
         self.backing
+    }
+
+    /// Whether the file has no holes, so that mapping and touching it takes no more memory than it has.
+    fn is_dense(&self) -> Result<bool> {
+        if let Some(&dense) = self.dense.get() {
+            return Ok(dense);
+        }
+        let dense = self.allocated_bytes()? >= self.trailer.file_bytes();
+        Ok(*self.dense.get_or_init(|| dense))
+    }
+
+    /// Whether the pages were gathered from a writer that does not map them from here.
+    #[must_use]
+    pub const fn is_gathered(&self) -> bool {
+        self.gathered
     }
 
     /// Ask the kernel again whether the content is immutable.
@@ -383,7 +411,7 @@ impl Layer {
     /// A data page: borrowed from a sealed layer that is small enough to have its page table filled at once, else
     /// read into `buf`, which costs less than the fault of a page that is looked at once.
     pub fn page<'a>(&'a self, index: u64, buf: &'a mut [u8; PAGE as usize]) -> Result<&'a [u8]> {
-        if self.backing == Backing::Sealed && self.trailer.data_pages <= POPULATE_PAGES {
+        if self.backing == Backing::Sealed && self.trailer.data_pages <= POPULATE_PAGES && self.is_dense()? {
             return self.run(index, 1);
         }
         if index >= self.trailer.data_pages {
@@ -394,6 +422,11 @@ impl Layer {
         } else {
             Err(Error::Malformed("the file was cut short after it was loaded".to_owned()))
         }
+    }
+
+    /// Which data pages of a range are not holes.
+    pub fn data_ranges(&self, within: PageRange) -> Result<Vec<PageRange>> {
+        memfd::data_ranges(self.fd(), within)
     }
 
     /// Consecutive data pages of a sealed layer.
@@ -511,6 +544,7 @@ mod tests {
             size_bytes: 0,
             root: Entry::ZERO,
             origins: Origins { runs: vec![(2, 3, 99, 40)] },
+            gathered: false,
         };
         let layer = Layer::seal(draft).unwrap();
         assert_eq!(layer.origin(3), (99, 41, 2));

@@ -152,7 +152,7 @@ impl State {
         let pages = pages_for(self.size_bytes);
         // Holes were never touched: they need no scan, and no table of their own in the kernel.
         let data = match &*self.store {
-            Store::Memfd(fd) => memfd::data_ranges(fd.as_fd(), pages)?,
+            Store::Memfd(fd) => memfd::data_ranges(fd.as_fd(), PageRange::new(0, pages))?,
             Store::SystemV(_) => vec![PageRange::new(0, pages)],
         };
         let mut found = Vec::new();
@@ -169,7 +169,7 @@ impl State {
             return Ok((Arc::clone(tip), stats));
         }
         publish::ensure_memory(crate::pages::total(&self.pending), "snapshot()")?;
-        let leaving = self.tip.as_deref().map_or_else(|| Ok(Vec::new()), publish::leaving_for_space)?;
+        let leaving = self.tip.as_deref().map_or_else(|| Ok(Vec::new()), |tip| publish::leaving(tip, 0))?;
         let published = Edition {
             area: &self.rw,
             size_bytes: self.size_bytes,

@@ -75,6 +75,7 @@ impl Edition<'_> {
             size_bytes: self.size_bytes,
             root: table.root,
             origins,
+            gathered: true,
         })?;
         let mut layers = vec![top];
         let mut counts = vec![table.own];
@@ -211,51 +212,44 @@ pub fn differing(area: &Area, tip: Option<&Snapshot>, candidates: &[PageRange]) 
     Ok(out)
 }
 
-/// Which of a version's layers have to go so that the next one, with so many new layers, has few enough.
-#[must_use]
-pub fn leaving(tip: &Snapshot, new_layers: usize) -> Vec<bool> {
+/// Which of a version's layers have to go: so that the next one, with so many new layers, has few enough, and, once
+/// the garbage in gathered layers passes an eighth of the content, so that little of it is left.
+///
+/// Only gathered layers go for their garbage, because only their pages are mapped by no writer; and only those that
+/// nobody else holds, because the others would stay.
+pub fn leaving(tip: &Snapshot, new_layers: usize) -> Result<Vec<bool>> {
     let layers = tip.layers();
-    if layers.len() + new_layers < LAYERS_BEFORE_MERGING {
-        return Vec::new();
-    }
-    let mut by_data: Vec<usize> = (0..layers.len()).collect();
-    by_data.sort_by_key(|&i| tip.counts()[i].data);
     let mut leaving = vec![false; layers.len()];
-    let keep_at_most = (MAX_LAYERS - 1).saturating_sub(new_layers);
-    let count = LEAVING.max(layers.len().saturating_sub(keep_at_most)).min(layers.len());
-    by_data[..count].iter().for_each(|&i| leaving[i] = true);
-    leaving
+    if layers.len() + new_layers >= LAYERS_BEFORE_MERGING {
+        let mut by_data: Vec<usize> = (0..layers.len()).collect();
+        by_data.sort_by_key(|&i| tip.counts()[i].data);
+        let keep_at_most = (MAX_LAYERS - 1).saturating_sub(new_layers);
+        let count = LEAVING.max(layers.len().saturating_sub(keep_at_most)).min(layers.len());
+        by_data[..count].iter().for_each(|&i| leaving[i] = true);
+    }
+    let mut wasteful = Vec::new();
+    let mut garbage = 0;
+    for (i, (layer, count)) in layers.iter().zip(tip.counts()).enumerate() {
+        if layer.is_gathered() && !leaving[i] && Arc::strong_count(layer) == 1 {
+            let unused = layer.trailer().data_pages.saturating_sub(count.data);
+            garbage += unused;
+            wasteful.push((unused * 100 / (unused + count.data + 1), unused, i));
+        }
+    }
+    if garbage * 8 > tip.data_pages() {
+        wasteful.sort_unstable_by_key(|entry| std::cmp::Reverse(*entry));
+        for (_, unused, i) in wasteful {
+            if garbage * 32 <= tip.data_pages() {
+                break;
+            }
+            leaving[i] = true;
+            garbage -= unused;
+        }
+    }
+    Ok(if leaving.contains(&true) { leaving } else { Vec::new() })
 }
 
 /// Refuse to start what would certainly end in an out-of-memory kill.
 pub fn ensure_memory(pages: u64, what: &str) -> Result<()> {
     if pages >= CHECK_MEMORY_PAGES { crate::sys::memory::ensure(pages * PAGE, what) } else { Ok(()) }
-}
-
-/// Like `leaving`, and also the layers with the most garbage once all garbage passes a quarter of the content. For
-/// writers that keep no private copies, where moving pages is all that giving memory back takes.
-pub fn leaving_for_space(tip: &Snapshot) -> Result<Vec<bool>> {
-    let mut leaves = leaving(tip, 0);
-    let mut wasteful = Vec::new();
-    let mut garbage = 0;
-    for (i, (layer, count)) in tip.layers().iter().zip(tip.counts()).enumerate() {
-        let unused = (layer.allocated_bytes()? / PAGE).saturating_sub(count.data + count.nodes + 1);
-        if Arc::strong_count(layer) == 1 {
-            garbage += unused;
-            wasteful.push((unused * 100 / (unused + count.data + 1), unused, i));
-        }
-    }
-    if garbage * 4 <= tip.data_pages() {
-        return Ok(leaves);
-    }
-    leaves.resize(tip.layers().len(), false);
-    wasteful.sort_unstable_by_key(|entry| std::cmp::Reverse(*entry));
-    for (_, unused, i) in wasteful {
-        if garbage * 16 <= tip.data_pages() {
-            break;
-        }
-        leaves[i] = true;
-        garbage -= unused;
-    }
-    Ok(leaves)
 }

@@ -9,7 +9,7 @@ use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 
 use crate::layer::{Draft, HASH_AT, Layer, LayerId, Origins, Trailer};
-use crate::pages::PAGE;
+use crate::pages::{PAGE, PageRange};
 use crate::snapshot::Snapshot;
 use crate::sys::memfd::{self, Piece};
 use crate::table::build::{Patch, Table, Target, build};
@@ -99,17 +99,23 @@ fn compact(snapshot: &Snapshot, mut write: impl FnMut(u64, &[u8]) -> Result<()>)
     for extent in snapshot.extents()? {
         let Source::Layer { layer, index } = extent.source else { continue };
         let layer = &snapshot.layers()[layer as usize];
-        patches.push(Patch { pages: extent.pages, target: Target::Own { index: written } });
-        let mut skip = 0;
-        while skip < extent.pages.len {
-            let n = CHUNK_PAGES.min(extent.pages.len - skip);
-            let chunk = &mut buf[..(n * PAGE) as usize];
-            if !memfd::read_exact(layer.fd(), chunk, (index + skip) * PAGE)? {
-                return Err(Error::Malformed("a layer ends within its pages".to_owned()));
+        // Holes read zero and need not be stored; only long runs have any.
+        let named = PageRange::new(index, extent.pages.len);
+        let stored = if named.len < CHUNK_PAGES { vec![named] } else { layer.data_ranges(named)? };
+        for part in stored {
+            let pages = PageRange::new(extent.pages.start + (part.start - index), part.len);
+            patches.push(Patch { pages, target: Target::Own { index: written } });
+            let mut at = part.start;
+            while at < part.end() {
+                let n = CHUNK_PAGES.min(part.end() - at);
+                let chunk = &mut buf[..(n * PAGE) as usize];
+                if !memfd::read_exact(layer.fd(), chunk, at * PAGE)? {
+                    return Err(Error::Malformed("a layer ends within its pages".to_owned()));
+                }
+                write(written * PAGE, chunk)?;
+                written += n;
+                at += n;
             }
-            write(written * PAGE, chunk)?;
-            written += n;
-            skip += n;
         }
     }
     Ok((build(None, snapshot.pages(), &patches, &[], &[])?, written))
@@ -157,6 +163,7 @@ pub fn copy_to_memory(snapshot: &Snapshot) -> Result<Snapshot> {
         size_bytes: snapshot.size_bytes(),
         root: table.root,
         origins: Origins::default(),
+        gathered: false,
     })?;
     Snapshot::trusted(vec![layer], vec![count])
 }
@@ -167,9 +174,7 @@ pub fn load(path: &Path, copy: bool, check: bool) -> Result<Snapshot> {
     // NONBLOCK so that a FIFO does not make us wait for a writer.
     let file = OpenOptions::new().read(true).custom_flags(libc::O_NONBLOCK).open(path).map_err(io("open"))?;
     let fd = OwnedFd::from(file);
-    if !memfd::status(fd.as_fd())?.regular {
-        return Err(Error::Malformed("not a regular file".to_owned()));
-    }
+    read_trailer(&fd)?;
     let fd = if copy { into_memory(fd)? } else { fd };
     if check {
         check_hash(&fd)?;
@@ -190,25 +195,40 @@ fn into_memory(fd: OwnedFd) -> Result<OwnedFd> {
     Ok(memory)
 }
 
-fn check_hash(fd: &OwnedFd) -> Result<()> {
-    let size = memfd::status(fd.as_fd())?.size;
-    if size < PAGE || size % PAGE != 0 {
-        return Err(Error::Malformed(format!("a saved snapshot of {size} bytes")));
+/// The last page of a file that may be a saved snapshot, if it looks like one.
+fn read_trailer(fd: &OwnedFd) -> Result<Vec<u8>> {
+    let status = memfd::status(fd.as_fd())?;
+    if !status.regular {
+        return Err(Error::Malformed("not a regular file".to_owned()));
+    }
+    if status.size < PAGE || status.size % PAGE != 0 {
+        return Err(Error::Malformed(format!("a saved snapshot of {} bytes", status.size)));
+    }
+    // Saved files have no holes. No file system packs data this well, and reading terabytes of nothing takes hours.
+    if status.size > status.allocated_bytes.saturating_mul(1024).saturating_add(1 << 30) {
+        return Err(Error::Malformed(format!("a file of {} bytes that is almost all holes", status.size)));
     }
     let mut page = vec![0u8; PAGE as usize];
-    if !memfd::read_exact(fd.as_fd(), &mut page, size - PAGE)? {
+    if !memfd::read_exact(fd.as_fd(), &mut page, status.size - PAGE)? {
         return Err(Error::Malformed("the file ends before its trailer".to_owned()));
     }
-    if !Trailer::decode(&page, size)?.hashed {
+    if !Trailer::decode(&page, status.size)?.hashed {
         return Err(Error::Malformed("the file carries no hash".to_owned()));
     }
+    Ok(page)
+}
+
+/// Compare the hash in a trailer with the file's content.
+fn check_hash(fd: &OwnedFd) -> Result<()> {
+    let trailer = read_trailer(fd)?;
+    let size = memfd::status(fd.as_fd())?.size;
     let mut hash = blake3::Hasher::new();
     each_chunk(fd, size - PAGE, |_, bytes| {
         hash.update(bytes);
         Ok(())
     })?;
-    hash.update(&page[..HASH_AT]);
-    if hash.finalize().as_bytes()[..] == page[HASH_AT..] {
+    hash.update(&trailer[..HASH_AT]);
+    if hash.finalize().as_bytes()[..] == trailer[HASH_AT..] {
         Ok(())
     } else {
         Err(Error::Malformed("the file's hash does not match its content".to_owned()))

@@ -4,7 +4,7 @@ use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
 use crate::layer::{Backing, Key, Layer, LayerId, MAX_LAYERS};
-use crate::pages::{PAGE, pages_for};
+use crate::pages::{PAGE, PageRange, pages_for};
 use crate::table::{Entry, Kind, level_for, span};
 use crate::{Error, Result};
 
@@ -204,6 +204,13 @@ impl Snapshot {
             Ref::Table { .. } if level > self.level => Ok(if i == 0 { parent } else { Ref::Zero }),
             Ref::Table { layer, index } => self.resolve(layer, Entry::from_raw(self.table(layer, index)?[i as usize])),
         }
+    }
+
+    /// Which of `pages`, which a run places from its start on, are not holes.
+    pub(crate) fn data_of(&self, at: Ref, pages: PageRange) -> Result<Vec<PageRange>> {
+        let Ref::Run { layer, index } = at else { return Ok(Vec::new()) };
+        let found = self.layers[layer as usize].data_ranges(PageRange::new(index, pages.len))?;
+        Ok(found.iter().map(|range| PageRange::new(range.start - index + pages.start, range.len)).collect())
     }
 
     /// The content of one page of a run; None reads zero.

@@ -18,7 +18,7 @@ use crate::{Error, Result};
 /// A segment is cut into at most this many stripes when it is made, each of which can be given back by itself.
 const STRIPES: u64 = 16;
 /// Smaller stripes are not worth a descriptor.
-const STRIPE_PAGES_AT_LEAST: u64 = 4096;
+const STRIPE_PAGES_AT_LEAST: u64 = 1024;
 /// A hole of fewer pages is stored as zeros, so that runs stay long.
 pub(super) const HOLE_PAGES: u64 = 16;
 
@@ -140,7 +140,7 @@ impl Fresh {
                 }
                 zones.push((part, sparse));
             }
-            for data in memfd::data_ranges(stripe.fd.as_fd(), stripe.pages.len)? {
+            for data in memfd::data_ranges(stripe.fd.as_fd(), PageRange::new(0, stripe.pages.len))? {
                 area.prefault(PageRange::new(stripe.pages.start + data.start, 0).byte_offset(), data.byte_len());
             }
             self.private = i + 1;
@@ -186,7 +186,7 @@ fn blocks(stripe: &Stripe) -> Result<Vec<(PageRange, bool)>> {
     };
     let mut at = 0;
     let mut pending = PageRange::new(0, 0);
-    for data in memfd::data_ranges(stripe.fd.as_fd(), stripe.pages.len)? {
+    for data in memfd::data_ranges(stripe.fd.as_fd(), PageRange::new(0, stripe.pages.len))? {
         let start = data.start / FANOUT * FANOUT;
         let end = data.end().next_multiple_of(FANOUT).min(stripe.pages.len);
         if pending.len > 0 && start <= pending.end() {
@@ -207,7 +207,7 @@ fn blocks(stripe: &Stripe) -> Result<Vec<(PageRange, bool)>> {
 /// Ranges of a file that hold data, with short holes included.
 fn runs(stripe: &Stripe) -> Result<Vec<PageRange>> {
     let mut out: Vec<PageRange> = Vec::new();
-    for data in memfd::data_ranges(stripe.fd.as_fd(), stripe.pages.len)? {
+    for data in memfd::data_ranges(stripe.fd.as_fd(), PageRange::new(0, stripe.pages.len))? {
         match out.last_mut() {
             Some(last) if data.start - last.end() < HOLE_PAGES => last.len = data.end() - last.start,
             _ => out.push(data),
@@ -241,6 +241,7 @@ fn seal(mut stripes: Vec<Stripe>, size_bytes: u64) -> Result<(Snapshot, Stats)> 
             size_bytes: 0,
             root: Entry::ZERO,
             origins: Origins::default(),
+            gathered: false,
         })?);
     }
     patches.extend(runs(&last)?.iter().map(|run| Patch {
@@ -261,6 +262,7 @@ fn seal(mut stripes: Vec<Stripe>, size_bytes: u64) -> Result<(Snapshot, Stats)> 
         size_bytes,
         root: table.root,
         origins: Origins::default(),
+        gathered: false,
     })?;
     let mut layers = vec![top];
     let mut counts: Vec<Count> = vec![table.own];

@@ -2,9 +2,8 @@
 
 use std::sync::Arc;
 
-use super::rewrite::{self, Rewritten};
+use super::rewrite::{self, Ledger, Rewritten};
 use super::{lay_out, tracking};
-use crate::layer::Layer;
 use crate::pages::{PAGE, PageRange, PageSet, subtract, total, union};
 use crate::publish::{self, Edition};
 use crate::snapshot::{Snapshot, Stats};
@@ -29,6 +28,7 @@ pub(super) struct Frozen {
     pending: Vec<PageRange>,
     /// Ranges that lost their registration when a transition failed.
     unregistered: Vec<PageRange>,
+    ledger: Ledger,
 }
 
 impl Frozen {
@@ -49,7 +49,9 @@ impl Frozen {
         for range in layout.copied().ranges_in(PageRange::new(0, tip.pages())) {
             duplicates.insert(range);
         }
-        let mut frozen = Self { tip, zones, duplicates, pending: Vec::new(), unregistered: Vec::new() };
+        let mut frozen =
+            Self { tip, zones, duplicates, pending: Vec::new(), unregistered: Vec::new(), ledger: Ledger::default() };
+        frozen.ledger.record(&frozen.tip);
         frozen.track(area, PageRange::new(0, frozen.tip.pages()))?;
         // Nobody could write yet: the private copies there are the ones just made.
         frozen.pending.clear();
@@ -61,7 +63,15 @@ impl Frozen {
         let mut all = Zones(Vec::new());
         zones.iter().for_each(|&(range, sparse)| all.push(range, sparse));
         let pages = tip.pages();
-        let mut frozen = Self { tip, zones: all, duplicates, pending: Vec::new(), unregistered: Vec::new() };
+        let mut frozen = Self {
+            tip,
+            zones: all,
+            duplicates,
+            pending: Vec::new(),
+            unregistered: Vec::new(),
+            ledger: Ledger::default(),
+        };
+        frozen.ledger.record(&frozen.tip);
         frozen.track(area, PageRange::new(0, pages))?;
         Ok(frozen)
     }
@@ -132,11 +142,11 @@ impl Frozen {
         let changed = self.pending.clone();
         let mut rewritten = Rewritten::default();
         let mut late = Vec::new();
-        for stripe in rewrite::choose(&self.tip, pages, &changed, &self.duplicates)? {
+        for stripe in self.ledger.choose(&self.tip, pages, &changed, &self.duplicates)? {
             self.rewrite(area, &tracking, stripe, &mut rewritten, &mut late)?;
         }
         let rest = subtract(&changed, &rewritten.stripes);
-        let leaving = publish::leaving(&self.tip, rewritten.layers.len());
+        let leaving = publish::leaving(&self.tip, rewritten.layers.len())?;
         let published = Edition {
             area,
             size_bytes,
@@ -150,6 +160,7 @@ impl Frozen {
         stats.pages_copied = published.pages_copied + rewritten.pages_copied;
         stats.nodes_written = published.nodes_written;
         self.tip = Arc::new(published.snapshot);
+        self.ledger.record(&self.tip);
         rest.iter().for_each(|&range| self.duplicates.insert(range));
         self.pending = late;
         Ok((Arc::clone(&self.tip), stats))
@@ -215,7 +226,7 @@ impl Frozen {
         self.pending = subtract(&self.pending, &sparse);
         let changed = union(&self.pending, &self.differing(area, &tracking, whole)?);
         self.pending.clone_from(&changed);
-        let leaving = publish::leaving(&self.tip, 0);
+        let leaving = publish::leaving(&self.tip, 0)?;
         let published = Edition {
             area,
             size_bytes,
@@ -336,9 +347,4 @@ impl Zones {
     fn within(&self, range: PageRange) -> Vec<(PageRange, bool)> {
         self.0.iter().map(|&(zone, sparse)| (zone.intersect(&range), sparse)).filter(|(part, _)| part.len > 0).collect()
     }
-}
-
-/// Layers that others than this segment's tip hold: their garbage is somebody's content.
-pub(super) fn is_held_elsewhere(layer: &Arc<Layer>) -> bool {
-    Arc::strong_count(layer) > 1
 }

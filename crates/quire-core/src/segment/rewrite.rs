@@ -1,10 +1,9 @@
 //! Rewriting: which stripes are worth it, and the copying of one.
 
 use std::os::fd::AsFd;
-use std::sync::Arc;
+use std::sync::{Arc, Weak};
 
 use super::fresh::{HOLE_PAGES, stripes_of};
-use super::frozen::is_held_elsewhere;
 use crate::Result;
 use crate::layer::{Draft, Layer, Origins};
 use crate::pages::{PAGE, PageRange, PageSet, clip, push_merged, subtract, total, union};
@@ -16,89 +15,199 @@ use crate::table::Entry;
 use crate::table::build::{Patch, Target};
 use crate::table::walk::Source;
 
-/// The stripes to rewrite in the version being made.
-pub(super) fn choose(
-    tip: &Snapshot,
+/// After so many versions a snapshot that still holds a replaced layer is taken to stay.
+const VERSIONS_UNTIL_PINNED: u64 = 16;
+
+/// What was replaced by rewriting while other snapshots held it: their pages are there twice until those go.
+#[derive(Debug)]
+struct Replaced {
+    layer: Weak<Layer>,
     pages: u64,
-    changed: &[PageRange],
-    duplicates: &PageSet,
-) -> Result<Vec<PageRange>> {
-    let stripes: Vec<PageRange> = stripes_of(pages).collect();
-    let mut chosen = Vec::new();
-    let mut others = Vec::new();
-    for &stripe in &stripes {
-        let here = clip(changed, stripe);
-        if here.is_empty() && duplicates.count_in(stripe) == 0 {
-            continue;
-        }
-        // A stripe changed by half costs at most twice as much to rewrite, and is in one piece afterwards.
-        // Its content is bounded from above without walking the table.
-        if total(&here) * 2 >= stripe.len.min(tip.data_pages() + total(&here)) {
-            chosen.push(stripe);
-        } else {
-            others.push((stripe, here));
-        }
-    }
-    let account = Account::of(tip)?;
-    let fresh_waste: u64 = others
-        .iter()
-        .map(|(stripe, here)| {
-            let known: u64 = here.iter().map(|range| duplicates.count_in(*range)).sum();
-            let duplicate = duplicates.count_in(*stripe) + total(here) - known;
-            duplicate + total(here)
-        })
-        .sum();
-    let mut waste = account.garbage + fresh_waste;
-    if waste * 4 > account.content + account.retained {
-        let mut gains = Vec::new();
-        for (stripe, here) in others {
-            let gain = account.gain(tip, stripe, &here, duplicates)?;
-            let live = total(&data_in_or_changed(tip, stripe, &here)?);
-            if gain > i64::try_from(live / 16).unwrap_or(i64::MAX) {
-                gains.push((gain.unsigned_abs(), stripe));
-            }
-        }
-        gains.sort_unstable_by_key(|(gain, _)| std::cmp::Reverse(*gain));
-        for (gain, stripe) in gains {
-            if waste * 16 <= account.content {
-                break;
-            }
-            waste = waste.saturating_sub(gain);
-            chosen.push(stripe);
-        }
-    }
-    chosen.sort_unstable();
-    Ok(chosen)
+    version: u64,
 }
 
-fn data_in_or_changed(tip: &Snapshot, stripe: PageRange, changed: &[PageRange]) -> Result<Vec<PageRange>> {
-    Ok(union(&data_in(tip, stripe)?, changed))
+/// What the choice of stripes needs to know of the past.
+#[derive(Debug, Default)]
+pub(super) struct Ledger {
+    /// Versions of this segment that may still be retained.
+    versions: Vec<Weak<Snapshot>>,
+    replaced: Vec<Replaced>,
+    version: u64,
+}
+
+impl Ledger {
+    /// A new version has become the tip.
+    pub fn record(&mut self, tip: &Arc<Snapshot>) {
+        self.version += 1;
+        self.versions.retain(|version| version.strong_count() > 0);
+        self.versions.push(Arc::downgrade(tip));
+        self.replaced.retain(|replaced| replaced.layer.strong_count() > 0);
+    }
+
+    /// The stripes to rewrite in the version being made. Those that others still hold are entered as replaced.
+    pub fn choose(
+        &mut self,
+        tip: &Snapshot,
+        pages: u64,
+        changed: &[PageRange],
+        duplicates: &PageSet,
+    ) -> Result<Vec<PageRange>> {
+        let mut chosen = Vec::new();
+        let mut others = Vec::new();
+        let mut waste = 0;
+        for stripe in stripes_of(pages) {
+            let here = clip(changed, stripe);
+            let (count, duplicated) = (total(&here), duplicates.count_in(stripe));
+            // A stripe changed by half costs at most twice as much to rewrite, and is in one piece afterwards.
+            // Its content is bounded from above without walking the table.
+            if count > 0 && count * 2 >= stripe.len.min(tip.data_pages() + count) {
+                chosen.push(stripe);
+            } else if count + duplicated > 0 {
+                let again: u64 = here.iter().map(|range| duplicates.count_in(*range)).sum();
+                // Each page changed becomes a duplicate, unless it is one, and leaves garbage.
+                waste += duplicated + count - again + count;
+                others.push((stripe, duplicated + count - again));
+            }
+        }
+        self.replaced.retain(|replaced| replaced.layer.strong_count() > 0);
+        let quick = Account::at_worst(tip)?;
+        if (waste + quick.garbage) * 4 > quick.content * 3 / 4 {
+            let account = self.account(tip)?;
+            self.choose_for_space(tip, &account, &others, waste + account.garbage, &mut chosen)?;
+        }
+        chosen.sort_unstable();
+        Ok(chosen)
+    }
+
+    /// Choose stripes until little is wasted, as far as rewriting them helps.
+    fn choose_for_space(
+        &mut self,
+        tip: &Snapshot,
+        account: &Account,
+        others: &[(PageRange, u64)],
+        mut waste: u64,
+        chosen: &mut Vec<PageRange>,
+    ) -> Result<()> {
+        // A little less than the quarter that is promised: nodes and trailers need some of it.
+        let limit = (account.content + account.retained) * 9 / 40;
+        let mut gains = Vec::new();
+        for &(stripe, copies) in others {
+            gains.push(account.gain(tip, stripe, copies)?);
+        }
+        gains.sort_unstable_by_key(|gain| std::cmp::Reverse(gain.net()));
+        let pinned = self.replaced.iter().any(|replaced| replaced.version + VERSIONS_UNTIL_PINNED < self.version);
+        let mut twice: u64 = self.replaced.iter().map(|replaced| replaced.pages).sum();
+        let over = waste + twice > limit;
+        for gain in gains {
+            let worth = gain.net() > i64::try_from(gain.live / 16).unwrap_or(i64::MAX);
+            if worth && over && waste * 16 > account.content {
+                waste = waste.saturating_sub(gain.net().unsigned_abs());
+                chosen.push(gain.stripe);
+            } else if !worth && !pinned && waste > limit * 3 / 4 && gain.given_back > gain.live / 8 {
+                // Others hold what would be replaced, perhaps not for long: start early, and keep what is there
+                // twice to a quarter of the content.
+                if twice > 0 && (twice + gain.live_held) * 4 > account.content {
+                    break;
+                }
+                twice += gain.live_held;
+                waste = waste.saturating_sub(gain.given_back);
+                chosen.push(gain.stripe);
+                self.enter(tip, account, gain.stripe)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Remember which layers a stripe leaves behind for others to hold.
+    fn enter(&mut self, tip: &Snapshot, account: &Account, stripe: PageRange) -> Result<()> {
+        let mut pages = vec![0; tip.layers().len()];
+        for extent in tip.extents_in(stripe)? {
+            if let Source::Layer { layer, .. } = extent.source {
+                pages[layer as usize] += extent.pages.len;
+            }
+        }
+        for (i, &pages) in pages.iter().enumerate() {
+            // Layers with pages in other stripes too stay for those anyway.
+            if account.held[i] && pages * 2 > tip.counts()[i].data {
+                let layer = Arc::downgrade(&tip.layers()[i]);
+                self.replaced.push(Replaced { layer, pages, version: self.version });
+            }
+        }
+        Ok(())
+    }
+
+    /// Where the tip's memory goes, with the retained versions of this segment looked at.
+    ///
+    /// References to a layer only go as versions follow one another, so what any of them needs of it is what the
+    /// neediest of them needs. Of holders that are no versions of this segment everything is believed.
+    fn account(&self, tip: &Snapshot) -> Result<Account> {
+        let retained: Vec<Arc<Snapshot>> = self.versions.iter().filter_map(Weak::upgrade).collect();
+        let mut account = Account::default();
+        for (layer, count) in tip.layers().iter().zip(tip.counts()) {
+            let own = count.data + count.nodes + 1;
+            let mut needed = own;
+            let mut holders = 0;
+            for version in &retained {
+                if let Some(at) = version.layers().iter().position(|other| Arc::ptr_eq(layer, other)) {
+                    holders += 1;
+                    let count = version.counts()[at];
+                    needed = needed.max(count.data + count.nodes + 1);
+                }
+            }
+            let allocated = layer.allocated_bytes()? / PAGE;
+            // The tip is one of the versions, or the snapshot that the segment started from.
+            if Arc::strong_count(layer) > holders.max(1) {
+                needed = needed.max(allocated);
+            }
+            account.content += count.data;
+            account.garbage += allocated.saturating_sub(needed);
+            account.retained += needed.min(allocated).saturating_sub(own);
+            account.held.push(Arc::strong_count(layer) > 1);
+        }
+        Ok(account)
+    }
 }
 
 /// Where a version's memory goes, in pages.
+#[derive(Default)]
 struct Account {
     content: u64,
-    /// Pages of the tip's own layers that nothing needs.
+    /// Pages of the tip's layers that nothing needs.
     garbage: u64,
-    /// Pages of layers that other snapshots hold too, and that the tip does not need.
+    /// Pages of the tip's layers that only other snapshots need.
     retained: u64,
+    /// Which of the tip's layers stay when the tip lets go of them.
     held: Vec<bool>,
 }
 
+/// What rewriting one stripe would do, in pages.
+struct Gain {
+    stripe: PageRange,
+    live: u64,
+    /// Of those, in layers that others hold: they will be there twice.
+    live_held: u64,
+    /// Duplicates, and garbage in layers that nobody else holds.
+    given_back: u64,
+}
+
+impl Gain {
+    /// Page counts are below 2^36, so the signed difference is exact.
+    const fn net(&self) -> i64 {
+        self.given_back as i64 - self.live_held as i64
+    }
+}
+
 impl Account {
-    fn of(tip: &Snapshot) -> Result<Self> {
-        let mut account = Self { content: tip.data_pages(), garbage: 0, retained: 0, held: Vec::new() };
+    /// As if every page that the tip does not need were garbage: an upper bound that costs little.
+    fn at_worst(tip: &Snapshot) -> Result<Self> {
+        let mut account = Self { content: tip.data_pages(), ..Self::default() };
         for (layer, count) in tip.layers().iter().zip(tip.counts()) {
-            let unused = (layer.allocated_bytes()? / PAGE).saturating_sub(count.data + count.nodes + 1);
-            let held = is_held_elsewhere(layer);
-            account.held.push(held);
-            if held { account.retained += unused } else { account.garbage += unused }
+            account.garbage += (layer.allocated_bytes()? / PAGE).saturating_sub(count.data + count.nodes + 1);
         }
         Ok(account)
     }
 
-    /// Pages that rewriting a stripe gives back, less what it costs because old layers stay for others.
-    fn gain(&self, tip: &Snapshot, stripe: PageRange, changed: &[PageRange], duplicates: &PageSet) -> Result<i64> {
+    fn gain(&self, tip: &Snapshot, stripe: PageRange, copies: u64) -> Result<Gain> {
         let (mut live, mut live_held) = (0, 0);
         for extent in tip.extents_in(stripe)? {
             if let Source::Layer { layer, .. } = extent.source {
@@ -108,9 +217,8 @@ impl Account {
                 }
             }
         }
-        let copies = duplicates.count_in(stripe) + total(changed);
         let own_part = (copies * (live - live_held)).checked_div(live).unwrap_or(0);
-        Ok((copies + own_part) as i64 - live_held as i64)
+        Ok(Gain { stripe, live, live_held, given_back: copies + own_part })
     }
 }
 
@@ -212,6 +320,7 @@ pub(super) fn copy_stripe(area: &Area, tip: &Snapshot, stripe: PageRange, privat
         size_bytes: 0,
         root: Entry::ZERO,
         origins,
+        gathered: false,
     })?;
     Ok(Copy { layer: Some(layer), runs })
 }

@@ -133,7 +133,12 @@ pub fn write_pieces(fd: BorrowedFd<'_>, offset: u64, pieces: &[Piece]) -> Result
     let mut batch: Vec<libc::iovec> = Vec::with_capacity(BATCH.min(pieces.len()));
     for chunk in pieces.chunks(BATCH) {
         batch.clear();
-        batch.extend(chunk.iter().map(|p| libc::iovec { iov_base: p.addr as *mut libc::c_void, iov_len: p.len }));
+        batch.extend(
+            chunk
+                .iter()
+                .filter(|p| p.len > 0)
+                .map(|p| libc::iovec { iov_base: p.addr as *mut libc::c_void, iov_len: p.len }),
+        );
         let mut first = 0;
         while first < batch.len() {
             let rest = &batch[first..];
@@ -163,11 +168,11 @@ pub fn write_pieces(fd: BorrowedFd<'_>, offset: u64, pieces: &[Piece]) -> Result
     Ok(())
 }
 
-/// The pages of the first `pages` that are allocated, by SEEK_DATA and SEEK_HOLE; ascending and disjoint.
-pub fn data_ranges(fd: BorrowedFd<'_>, pages: u64) -> Result<Vec<PageRange>> {
+/// The pages of a range of the file that are allocated, by SEEK_DATA and SEEK_HOLE; ascending and disjoint.
+pub fn data_ranges(fd: BorrowedFd<'_>, within: PageRange) -> Result<Vec<PageRange>> {
     let mut out = Vec::new();
-    let end = pages * PAGE;
-    let mut at = 0u64;
+    let end = within.end() * PAGE;
+    let mut at = within.start * PAGE;
     while at < end {
         let Some(start) = seek(fd, at, libc::SEEK_DATA)? else { break };
         let start = start / PAGE * PAGE;

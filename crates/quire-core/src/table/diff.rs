@@ -3,11 +3,13 @@
 use std::sync::Arc;
 
 use crate::Result;
-use crate::layer::MAX_LAYERS;
-use crate::pages::{FANOUT, PAGE, PageRange, push_merged};
+use crate::layer::{Layer, MAX_LAYERS};
+use crate::pages::{FANOUT, PAGE, PageRange, push_merged, union};
 use crate::snapshot::{Ref, Snapshot};
 use crate::table::{Entry, span};
 
+/// Runs of so many pages are asked for their holes before their pages are compared.
+const LONG_RUN: u64 = 256;
 /// Entries compared at once.
 const GROUP: usize = 16;
 
@@ -27,20 +29,29 @@ pub fn compare(a: &Snapshot, b: &Snapshot, found: &mut dyn FnMut(PageRange, Ref,
 }
 
 /// Which layers of the two snapshots are one and the same.
-struct Same(Vec<Option<u8>>);
+struct Same {
+    /// For each layer of the first, its place in the second.
+    layers: Vec<Option<u8>>,
+    /// Nodes name layers by id, which a hostile sender can forge. Equal nodes are equal subtrees only if no id means
+    /// one file in the first snapshot and another in the second.
+    ids_agree: bool,
+}
 
 impl Same {
     fn new(a: &Snapshot, b: &Snapshot) -> Self {
         let find = |layer| b.layers().iter().position(|other| Arc::ptr_eq(layer, other)).map(|i| i as u8);
-        Self(a.layers().iter().map(find).collect())
+        let forged = |x: &Arc<Layer>| b.layers().iter().any(|y| x.trailer().id == y.trailer().id && !Arc::ptr_eq(x, y));
+        Self { layers: a.layers().iter().map(find).collect(), ids_agree: !a.layers().iter().any(forged) }
     }
 
     fn refs(&self, a: Ref, b: Ref) -> bool {
         match (a, b) {
             (Ref::Zero, Ref::Zero) => true,
-            (Ref::Run { layer: la, index: ia }, Ref::Run { layer: lb, index: ib })
-            | (Ref::Table { layer: la, index: ia }, Ref::Table { layer: lb, index: ib }) => {
-                ia == ib && self.0[la as usize] == Some(lb)
+            (Ref::Run { layer: la, index: ia }, Ref::Run { layer: lb, index: ib }) => {
+                ia == ib && self.layers[la as usize] == Some(lb)
+            }
+            (Ref::Table { layer: la, index: ia }, Ref::Table { layer: lb, index: ib }) => {
+                self.ids_agree && ia == ib && self.layers[la as usize] == Some(lb)
             }
             _ => false,
         }
@@ -70,14 +81,14 @@ impl Walk<'_> {
         }
         match (level, a, b) {
             (1, Ref::Run { layer, index }, Ref::Table { layer: holder, index: node }) => {
-                let slot = self.same.0[layer as usize].and_then(|at| self.b.slot_of_layer(holder, at));
+                let slot = self.same.layers[layer as usize].and_then(|at| self.b.slot_of_layer(holder, at));
                 let entries = self.b.table(holder, node)?;
                 return self.run_and_leaf(base, slot.map(|slot| Entry::run(slot, index)), entries, |walk, i| {
                     Ok((walk.a.child(a, 1, base, i)?, walk.b.child(b, 1, base, i)?))
                 });
             }
             (1, Ref::Table { layer: holder, index: node }, Ref::Run { layer, index }) => {
-                let at = self.same.0.iter().position(|same| *same == Some(layer));
+                let at = self.same.layers.iter().position(|same| *same == Some(layer));
                 let slot = at.and_then(|at| self.a.slot_of_layer(holder, at as u8));
                 let entries = self.a.table(holder, node)?;
                 return self.run_and_leaf(base, slot.map(|slot| Entry::run(slot, index)), entries, |walk, i| {
@@ -126,13 +137,14 @@ impl Walk<'_> {
             let (at_a, at_b) = (self.a.layer_of_slot(la, slot), self.b.layer_of_slot(lb, slot));
             // A slot that one of them does not resolve is not used by it: both tables have been checked.
             let agrees = match (at_a, at_b) {
-                (Some(at_a), Some(at_b)) => self.same.0[at_a as usize] == Some(at_b),
+                (Some(at_a), Some(at_b)) => self.same.layers[at_a as usize] == Some(at_b),
                 _ => true,
             };
             agree |= u64::from(agrees) << slot;
         }
         // Tables of one lineage keep their slots, so that whole groups are equal words; slot 0 alone always differs.
-        let grouped = agree | 1 == u64::MAX;
+        let by_words = level == 1 || self.same.ids_agree;
+        let grouped = by_words && agree | 1 == u64::MAX;
         for (group, (group_a, group_b)) in entries_a.chunks_exact(GROUP).zip(entries_b.chunks_exact(GROUP)).enumerate()
         {
             if grouped && group_a == group_b && !group_a.iter().any(|&raw| raw != 0 && Entry::from_raw(raw).slot() == 0)
@@ -140,7 +152,7 @@ impl Walk<'_> {
                 continue;
             }
             for (i, (&raw_a, &raw_b)) in group_a.iter().zip(group_b).enumerate() {
-                if raw_a == raw_b && (raw_a == 0 || agree >> Entry::from_raw(raw_a).slot() & 1 == 1) {
+                if by_words && raw_a == raw_b && (raw_a == 0 || agree >> Entry::from_raw(raw_a).slot() & 1 == 1) {
                     continue;
                 }
                 let (a, b) = (self.a.resolve(la, Entry::from_raw(raw_a))?, self.b.resolve(lb, Entry::from_raw(raw_b))?);
@@ -151,7 +163,8 @@ impl Walk<'_> {
     }
 }
 
-/// Append those pages of a range whose bytes differ, skipping what is known to be a copy of the same page.
+/// Append those pages of a range whose bytes differ. Long runs may have holes, whose pages read zero and are not looked
+/// at one by one: a few KiB can describe terabytes of them.
 fn differing_pages(
     a: &Snapshot,
     b: &Snapshot,
@@ -160,12 +173,32 @@ fn differing_pages(
     at_b: Ref,
     out: &mut Vec<PageRange>,
 ) -> Result<()> {
+    if pages.len < LONG_RUN {
+        return differing_in(a, b, pages, pages, at_a, at_b, out);
+    }
+    for part in union(&a.data_of(at_a, pages)?, &b.data_of(at_b, pages)?) {
+        differing_in(a, b, pages, part, at_a, at_b, out)?;
+    }
+    Ok(())
+}
+
+/// Append those pages of a part of a range whose bytes differ, skipping what is known to be a copy of the same page.
+fn differing_in(
+    a: &Snapshot,
+    b: &Snapshot,
+    pages: PageRange,
+    part: PageRange,
+    at_a: Ref,
+    at_b: Ref,
+    out: &mut Vec<PageRange>,
+) -> Result<()> {
     let (mut buf_a, mut buf_b) = ([0; PAGE as usize], [0; PAGE as usize]);
-    let mut skip = 0;
-    while skip < pages.len {
+    let mut page = part.start;
+    while page < part.end() {
+        let skip = page - pages.start;
         let copied = same_origin(a, b, at_a, at_b, skip);
         if copied > 0 {
-            skip += copied.min(pages.len - skip);
+            page += copied.min(part.end() - page);
             continue;
         }
         let differs = match (a.page_of(at_a, skip, &mut buf_a)?, b.page_of(at_b, skip, &mut buf_b)?) {
@@ -174,9 +207,9 @@ fn differing_pages(
             (None, None) => false,
         };
         if differs {
-            push_merged(out, PageRange::new(pages.start + skip, 1));
+            push_merged(out, PageRange::new(page, 1));
         }
-        skip += 1;
+        page += 1;
     }
     Ok(())
 }
