@@ -184,8 +184,10 @@ def test_random_hundredths_with_an_old_one_retained() -> None:
         old.close()
         account.close()
     print(f"factor by share of pages changed since: {factors}")
-    # Stated in docs/design.md: layers are freed whole, so with one old version up to 1.5 in the middle.
-    assert max(factors.values()) <= 1.5
+    # Stated in docs/design.md: layers are freed whole, so with one old version, and a third to a half of the
+    # pages changed since, up to 1.5.
+    bounds = {changed: 1.5 if 0.33 <= changed <= 0.5 else 1.25 for changed in factors}
+    assert not {changed: factor for changed, factor in factors.items() if factor > bounds[changed]}
 
 
 def test_an_uneven_writer() -> None:
