@@ -158,7 +158,10 @@ impl Layout {
     /// Change what the given pages show. Within the budget they are mapped, beyond it copied.
     pub fn update(&mut self, area: &Area, snapshot: &Snapshot, changes: &[Extent]) -> Result<()> {
         let mut late = Vec::new();
-        for &Extent { pages, source } in changes {
+        // Long extents first: each may take the place of many VMAs.
+        let mut changes = changes.to_vec();
+        changes.sort_unstable_by_key(|extent| std::cmp::Reverse(extent.pages.len));
+        for Extent { pages, source } in changes {
             if self.shows(pages, Place::of(snapshot, source)) {
                 if self.copied.count_in(pages) > 0 {
                     area.drop_private(pages.byte_offset(), pages.byte_len())?;
@@ -176,6 +179,26 @@ impl Layout {
             let copied = late.iter().try_for_each(|extent| self.copy(area, snapshot, extent.pages, extent.source));
             area.protect(0, whole as usize, Access::Read)?;
             copied?;
+        }
+        self.uncopy(area, snapshot)
+    }
+
+    /// Map what was copied earlier, as far as the budget has room again.
+    fn uncopy(&mut self, area: &Area, snapshot: &Snapshot) -> Result<()> {
+        if self.copied.is_empty() || self.vmas.len() + 2 > self.budget {
+            return Ok(());
+        }
+        for range in self.copied.ranges_in(PageRange::new(0, snapshot.pages())) {
+            for Extent { pages, source } in snapshot.extents_in(range)? {
+                if self.shows(pages, Place::of(snapshot, source)) {
+                    area.drop_private(pages.byte_offset(), pages.byte_len())?;
+                    self.copied.remove(pages);
+                } else if self.vmas.len() + 2 <= self.budget {
+                    self.map(area, snapshot, pages, source, Access::Read)?;
+                } else {
+                    return Ok(());
+                }
+            }
         }
         Ok(())
     }
