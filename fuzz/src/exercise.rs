@@ -89,6 +89,8 @@ fn describe(snapshot: &Snapshot) {
 /// The difference of two snapshots is that of their models, both ways round; a mapping advances over it.
 pub fn compare(a: &Arc<Snapshot>, model_a: &Model, b: &Arc<Snapshot>, model_b: &Model) {
     if model_a.data_pages().max(model_b.data_pages()) > MOST_DATA_PAGES {
+        // Nearly all of it are holes, which must not take time.
+        drop(diff(a, b).expect("diff"));
         return;
     }
     let mut expected = model_a.differing(model_b);
@@ -127,7 +129,7 @@ pub fn keep(snapshot: &Arc<Snapshot>, model: &Model) {
     for copy in [false, true] {
         let loaded = Arc::new(save::load(&path, copy, true).expect("load what was saved"));
         assert_eq!(loaded.size_bytes(), model.size_bytes);
-        assert_eq!(loaded.data_pages(), model.data_pages());
+        assert!(loaded.data_pages() <= model.data_pages(), "holes need not be stored, nothing else is new");
         assert_eq!(loaded.is_sealed(), copy);
         assert_eq!(loaded.verify().is_ok(), copy);
         if model.pages <= MOST_MAPPED_PAGES {

@@ -1,7 +1,7 @@
 //! Layer files as sparse pages that can be bent before they are written.
 
 use std::collections::{BTreeMap, HashMap};
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::rc::Rc;
 
 use quire_core::sys::memfd::{self, Piece};
@@ -72,10 +72,10 @@ impl File {
             assert!(memfd::read_exact(fd, &mut page, at * PAGE).expect("pread"));
             page
         };
-        for range in memfd::data_ranges(fd, last).expect("lseek") {
-            for at in range.start..range.end() {
-                file.pages.insert(at, Rc::new(page_at(at)));
-            }
+        let mut at = next_data(fd, 0);
+        while at < last {
+            file.pages.insert(at, Rc::new(page_at(at)));
+            at = next_data(fd, at + 1);
         }
         *file.trailer = page_at(last);
         file.trailer_at = last;
@@ -187,6 +187,13 @@ impl File {
         }
         Some(fd)
     }
+}
+
+/// The first page at or after this one that is no hole.
+fn next_data(fd: BorrowedFd<'_>, page: u64) -> u64 {
+    // SAFETY: plain system call on a descriptor we borrow; nobody else uses its file position.
+    let at = unsafe { libc::lseek(fd.as_raw_fd(), (page * PAGE) as i64, libc::SEEK_DATA) };
+    u64::try_from(at).map_or(u64::MAX, |at| at / PAGE)
 }
 
 /// The descriptors of files, so that a file that two sets share is one inode.
