@@ -172,7 +172,7 @@ fn step(set: &mut Set, bytes: &mut Bytes<'_>) {
             file.reshape(count.next_power_of_two(), nodes + 1);
             let mask = count.next_power_of_two() - 1;
             for i in 0..count {
-                file.set_entry(i / 512, (i % 512) as usize, 1 << 62 | (i * stride & mask));
+                file.set_entry(i / 512, (i % 512) as usize, 1 << 62 | ((i * stride) & mask));
             }
             for node in 0..nodes {
                 file.set_entry(nodes, node as usize % 512, 2 << 62 | node);
