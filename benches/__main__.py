@@ -37,7 +37,7 @@ def main() -> int:
             print(f"{time.monotonic() - began:6.1f} s  {name}", file=sys.stderr, flush=True)
         return name in options.rows
 
-    load_before = machine.load()
+    load_before, busy = machine.load(), machine.busy()
     rows = []
     if announce("versions"):
         rows += versions.measure(plan)
@@ -54,6 +54,7 @@ def main() -> int:
             quick=plan.quick,
             machine=machine.describe(),
             load_before=load_before,
+            busy=busy,
             load_after=machine.load(),
             minutes=(time.monotonic() - began) / 60,
             rows=rows,

@@ -31,6 +31,11 @@ def load() -> str:
     return " ".join(f"{value:.1f}" for value in os.getloadavg())
 
 
+def busy() -> bool:
+    """Whether other programs keep a processor busy, by the load average of the last minute."""
+    return os.getloadavg()[0] > 0.5
+
+
 def describe() -> list[tuple[str, str]]:
     """Return names and values."""
     able = quire.capabilities()

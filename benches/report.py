@@ -12,6 +12,12 @@ DASH = "\N{EN DASH}"
 SECONDS_UNITS = ((1.0, "s"), (1e-3, "ms"), (1e-6, "µs"))
 
 
+BUSY = (
+    "The machine was busy with other work when the run began: every time below contains waiting for a"
+    " processor, and differs from run to run by more than the spreads show."
+)
+
+
 @dataclasses.dataclass
 class Results:
     """All that one run measured; what it did not measure is None."""
@@ -20,6 +26,7 @@ class Results:
     machine: list[tuple[str, str]]
     load_before: str
     load_after: str
+    busy: bool
     minutes: float
     rows: list[Row]
     starting: Row | None
@@ -203,6 +210,7 @@ def write(results: Results, path: Path) -> None:
                 ["this run took", f"{results.minutes:.1f} minutes"],
             ],
         ),
+        *([BUSY, ""] if results.busy else []),
         "## Goals",
         "",
         *_summary(results),
