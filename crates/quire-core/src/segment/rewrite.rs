@@ -62,7 +62,7 @@ impl Ledger {
             // Its content is bounded from above without walking the table.
             if count > 0 && count * 2 >= stripe.len.min(tip.data_pages() + count) {
                 chosen.push(stripe);
-            } else if count + duplicated > 0 {
+            } else {
                 let again: u64 = here.iter().map(|range| duplicates.count_in(*range)).sum();
                 // Each page changed becomes a duplicate, unless it is one, and leaves garbage.
                 waste += duplicated + count - again + count;
@@ -79,7 +79,7 @@ impl Ledger {
         Ok(chosen)
     }
 
-    /// Choose stripes until little is wasted, as far as rewriting them helps.
+    /// Choose stripes until clearly less than the limit is wasted, as far as rewriting them helps.
     fn choose_for_space(
         &mut self,
         tip: &Snapshot,
@@ -100,7 +100,8 @@ impl Ledger {
         let over = waste + twice > limit;
         for gain in gains {
             let worth = gain.net() > i64::try_from(gain.live / 16).unwrap_or(i64::MAX);
-            if worth && over && waste * 16 > account.content {
+            // Not all at once: what is replaced is freed only when the version is complete, and then used again.
+            if worth && over && waste * 8 > limit * 5 {
                 waste = waste.saturating_sub(gain.net().unsigned_abs());
                 chosen.push(gain.stripe);
             } else if !worth && !pinned && waste > limit * 3 / 4 && gain.given_back > gain.live / 8 {
@@ -120,15 +121,9 @@ impl Ledger {
 
     /// Remember which layers a stripe leaves behind for others to hold.
     fn enter(&mut self, tip: &Snapshot, account: &Account, stripe: PageRange) -> Result<()> {
-        let mut pages = vec![0; tip.layers().len()];
-        for extent in tip.extents_in(stripe)? {
-            if let Source::Layer { layer, .. } = extent.source {
-                pages[layer as usize] += extent.pages.len;
-            }
-        }
-        for (i, &pages) in pages.iter().enumerate() {
+        for (i, &pages) in pages_by_layer(tip, stripe)?.iter().enumerate() {
             // Layers with pages in other stripes too stay for those anyway.
-            if account.held[i] && pages * 2 > tip.counts()[i].data {
+            if account.held[i] && pages > 0 && is_home(tip, i, pages) {
                 let layer = Arc::downgrade(&tip.layers()[i]);
                 self.replaced.push(Replaced { layer, pages, version: self.version });
             }
@@ -163,6 +158,7 @@ impl Ledger {
             account.garbage += allocated.saturating_sub(needed);
             account.retained += needed.min(allocated).saturating_sub(own);
             account.held.push(Arc::strong_count(layer) > 1);
+            account.unused.push(allocated.saturating_sub(own));
         }
         Ok(account)
     }
@@ -178,6 +174,8 @@ struct Account {
     retained: u64,
     /// Which of the tip's layers stay when the tip lets go of them.
     held: Vec<bool>,
+    /// Pages of each of the tip's layers that the tip does not need.
+    unused: Vec<u64>,
 }
 
 /// What rewriting one stripe would do, in pages.
@@ -208,18 +206,33 @@ impl Account {
     }
 
     fn gain(&self, tip: &Snapshot, stripe: PageRange, copies: u64) -> Result<Gain> {
-        let (mut live, mut live_held) = (0, 0);
-        for extent in tip.extents_in(stripe)? {
-            if let Source::Layer { layer, .. } = extent.source {
-                live += extent.pages.len;
-                if self.held[layer as usize] {
-                    live_held += extent.pages.len;
-                }
+        let mut gain = Gain { stripe, live: 0, live_held: 0, given_back: copies };
+        for (i, &pages) in pages_by_layer(tip, stripe)?.iter().enumerate() {
+            gain.live += pages;
+            if self.held[i] {
+                gain.live_held += pages;
+            } else if is_home(tip, i, pages) {
+                gain.given_back += self.unused[i];
             }
         }
-        let own_part = (copies * (live - live_held)).checked_div(live).unwrap_or(0);
-        Ok(Gain { stripe, live, live_held, given_back: copies + own_part })
+        Ok(gain)
     }
+}
+
+/// Data pages of a stripe in each of the tip's layers.
+fn pages_by_layer(tip: &Snapshot, stripe: PageRange) -> Result<Vec<u64>> {
+    let mut pages = vec![0; tip.layers().len()];
+    for extent in tip.extents_in(stripe)? {
+        if let Source::Layer { layer, .. } = extent.source {
+            pages[layer as usize] += extent.pages.len;
+        }
+    }
+    Ok(pages)
+}
+
+/// Whether a layer has most of its pages in a stripe, so that rewriting the stripe lets go of the layer.
+fn is_home(tip: &Snapshot, layer: usize, pages_in_stripe: u64) -> bool {
+    pages_in_stripe * 2 > tip.counts()[layer].data
 }
 
 /// The stripes rewritten so far for one version.
