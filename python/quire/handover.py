@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+import select
 import signal
 import socket
 import struct
@@ -36,6 +37,7 @@ from quire.errors import Malformed, QuireError, Stalled
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+    from multiprocessing.process import BaseProcess
     from typing import Any
 
     Send = Callable[[socket.socket], None]
@@ -44,6 +46,7 @@ __all__ = ["Tickets", "check_pickler", "collect", "offer"]
 
 _TIMEOUT = 10.0
 _LINGER = 10.0
+_GLANCE_MS = 500
 _BACKLOG = 1024
 _TOKEN_BYTES = 16
 
@@ -116,9 +119,8 @@ class _Counter:
 
     def _reset(self) -> None:
         """Start empty; in a forked child nothing waits, and the listener is the parent's."""
-        self._changed = threading.Condition()
+        self._lock = threading.Lock()
         self._waiting: dict[bytes, Send] = {}
-        self._lingers = False
         if self._listener is not None:
             self._listener.close()
             self._listener = None
@@ -126,47 +128,68 @@ class _Counter:
     def leave(self, send: Send) -> tuple[bytes, bytes]:
         """Leave a message to be fetched; return the address and the token."""
         token = os.urandom(_TOKEN_BYTES)
-        with self._changed:
+        with self._lock:
             if self._listener is None:
                 self._listener = self._open()
-            self._linger_at_exit()
             self._waiting[token] = send
             address: bytes = self._listener.getsockname()
         return address, token
 
     def _open(self) -> socket.socket:
         """Listen on a name of no file system, so nothing is left behind by a process that is killed."""
+        from multiprocessing import parent_process
+
+        # The end of a process waits for threads that are no daemons. A child's is none, so what it left can
+        # be fetched; the one at the top has nobody who would fetch after its end.
+        parent = parent_process()
         listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         try:
             listener.setblocking(True)
             listener.bind(b"\0quire-" + os.urandom(16).hex().encode())
             listener.listen(_BACKLOG)
-            threading.Thread(target=self._serve, args=(listener,), name="quire-counter", daemon=True).start()
+            threading.Thread(
+                target=self._serve, args=(listener, parent), name="quire-counter", daemon=parent is None
+            ).start()
         except BaseException:
             listener.close()
             raise
         return listener
 
-    def _serve(self, listener: socket.socket) -> None:
-        """Serve until nothing waits any more."""
+    def _serve(self, listener: socket.socket, parent: BaseProcess | None) -> None:
+        """Serve until nothing waits any more; once this process is ending, for 10 seconds at most."""
         signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
+        poller = select.poll()
+        poller.register(listener, select.POLLIN)
+        end = None
         while True:
-            try:
-                connection, _ = listener.accept()
-                with connection:
-                    self._serve_one(connection)
-            except (OSError, EOFError, QuireError):
-                # The one who asked sees the connection close; the others are served on.
-                import logging
-
-                logging.getLogger("quire").warning("a pickled object could not be handed over", exc_info=True)
-                time.sleep(0.01)
-            with self._changed:
-                self._changed.notify_all()
+            if poller.poll(None if parent is None else _GLANCE_MS):
+                self._accept(listener)
+            if parent is not None and end is None and not threading.main_thread().is_alive():
+                end = time.monotonic() + _LINGER
+            with self._lock:
+                if (
+                    end is not None
+                    and parent is not None
+                    and (time.monotonic() > end or not parent.is_alive())
+                ):
+                    self._waiting.clear()
                 if not self._waiting:
                     self._listener = None
                     listener.close()
                     return
+
+    def _accept(self, listener: socket.socket) -> None:
+        """Serve one process."""
+        try:
+            connection, _ = listener.accept()
+            with connection:
+                self._serve_one(connection)
+        except (OSError, EOFError, QuireError):
+            # The one who asked sees the connection close; the others are served on.
+            import logging
+
+            logging.getLogger("quire").warning("a pickled object could not be handed over", exc_info=True)
+            time.sleep(0.01)
 
     def _serve_one(self, connection: socket.socket) -> None:
         """Give one process what its token stands for."""
@@ -181,32 +204,10 @@ class _Counter:
             if not more:
                 return
             token += more
-        with self._changed:
+        with self._lock:
             send = self._waiting.pop(token, None)
         if send is not None:
             send(connection)
-
-    def _linger_at_exit(self) -> None:
-        """Have a child process wait, at its end, for what it left to be fetched."""
-        from multiprocessing import parent_process, util
-
-        if self._lingers or parent_process() is None:
-            return
-        # Lower than the -5 with which a Queue waits for its thread, which is what pickles.
-        util.Finalize(None, self._linger, exitpriority=-10)
-        self._lingers = True
-
-    def _linger(self) -> None:
-        from multiprocessing import parent_process
-
-        parent = parent_process()
-        end = time.monotonic() + _LINGER
-        with self._changed:
-            while self._waiting and parent is not None and parent.is_alive():
-                left = end - time.monotonic()
-                if left <= 0:
-                    return
-                self._changed.wait(min(left, 0.5))
 
 
 _counter = _Counter()
@@ -264,7 +265,9 @@ def collect(*where: Any) -> transport.Message:
                 error.errno, "connect: the process that pickled this object has ended, and the object with it"
             ) from error
         except (EOFError, BrokenPipeError) as error:
-            raise Malformed("this pickle was loaded before; it can be loaded once") from error
+            raise Malformed(
+                "this pickle was loaded before, or its maker ended: it can be loaded once"
+            ) from error
         except (BlockingIOError, TimeoutError) as error:
             raise Stalled(
                 f"the process that pickled this object did not answer within {_TIMEOUT} s"

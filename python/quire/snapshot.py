@@ -217,6 +217,7 @@ class Snapshot(Closing):
             "Snapshot", "save() writes one to a file, quire.send() passes one through a socket"
         )
         core = self._lend()
+        transport.check_sealed(core.layer_fds())
         if self._tickets is None:
             self._tickets = handover.Tickets()
 

@@ -19,7 +19,7 @@ from quire import _native, messages
 from quire.errors import Malformed, NotImmutable, Stalled
 
 if TYPE_CHECKING:
-    from collections.abc import Container, Mapping, Sequence
+    from collections.abc import Container, Iterable, Mapping, Sequence
     from types import TracebackType
     from typing import Self
 
@@ -28,6 +28,7 @@ __all__ = [
     "Progress",
     "assemble_mirror",
     "assemble_snapshot",
+    "check_sealed",
     "check_socket",
     "check_timeout",
     "receive",
@@ -321,25 +322,29 @@ def send_snapshot(
         for layer_id, descriptor in zip(layer_ids, snapshot.layer_fds(), strict=True)
         if layer_id not in known
     ]
-    for descriptor in new:
-        _check_sealed(descriptor)
+    check_sealed(new)
     _send(sock, messages.encode_snapshot(layer_ids, known), new, timeout, progress)
 
 
-def _check_sealed(descriptor: int) -> None:
-    """Tell the sender what the receiver would only tell by closing the connection."""
+def check_sealed(descriptors: Iterable[int]) -> None:
+    """Tell the sender what the receiver would only tell by closing the connection.
+
+    Raises:
+        NotImmutable: A layer is no sealed memfd.
+    """
     wanted = fcntl.F_SEAL_WRITE | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
-    try:
-        seals = fcntl.fcntl(descriptor, fcntl.F_GET_SEALS)
-    except OSError as error:
-        if error.errno != errno.EINVAL:
-            raise
-        seals = 0
-    if seals & wanted != wanted:
-        raise NotImmutable(
-            "a layer of this snapshot is a file, which no receiver can accept as immutable: "
-            "load it with copy=True to hand it to other processes"
-        )
+    for descriptor in descriptors:
+        try:
+            seals = fcntl.fcntl(descriptor, fcntl.F_GET_SEALS)
+        except OSError as error:
+            if error.errno != errno.EINVAL:
+                raise
+            seals = 0
+        if seals & wanted != wanted:
+            raise NotImmutable(
+                "a layer of this snapshot is a file, which no receiver can accept as immutable: "
+                "load it with copy=True to hand it to other processes"
+            )
 
 
 def send_mirror(
