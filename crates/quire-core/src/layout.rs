@@ -1,6 +1,7 @@
 //! Laying a snapshot out in address space: which pieces are mapped, in what order, and which are copied.
 
 use std::collections::{BTreeMap, HashMap};
+use std::sync::OnceLock;
 
 use crate::Result;
 use crate::pages::{PAGE, PageRange, PageSet};
@@ -11,14 +12,17 @@ use crate::table::walk::{Extent, Source};
 /// A base mapping runs on across an interruption of at most this many pages.
 const BRIDGE_PAGES: u64 = 1024;
 
-/// VMAs that one mapping may use: a quarter of the process's limit.
+/// VMAs that one mapping may use: a quarter of the process's limit, as it was when first asked for.
 #[must_use]
 pub fn vma_budget() -> usize {
-    std::fs::read_to_string("/proc/sys/vm/max_map_count")
-        .ok()
-        .and_then(|text| text.trim().parse::<usize>().ok())
-        .unwrap_or(65530)
-        / 4
+    static BUDGET: OnceLock<usize> = OnceLock::new();
+    *BUDGET.get_or_init(|| {
+        std::fs::read_to_string("/proc/sys/vm/max_map_count")
+            .ok()
+            .and_then(|text| text.trim().parse::<usize>().ok())
+            .unwrap_or(65530)
+            / 4
+    })
 }
 
 /// The order of work for mapping a snapshot from nothing.
@@ -141,8 +145,10 @@ impl Layout {
         let plan = Plan::new(&extents, budget);
         let mut layout = Self { vmas: BTreeMap::new(), copied: PageSet::default(), budget };
         let working = if plan.copies.is_empty() { access } else { Access::ReadWrite };
-        area.map_zero(0, whole.byte_len(), working)?;
-        layout.record(whole, Place::Zero);
+        if !plan.copies.is_empty() || extents.iter().any(|extent| extent.source == Source::Zero) {
+            area.map_zero(0, whole.byte_len(), working)?;
+            layout.record(whole, Place::Zero);
+        }
         for extent in plan.bases.iter().chain(&plan.overlays) {
             layout.map(area, snapshot, extent.pages, extent.source, working)?;
         }

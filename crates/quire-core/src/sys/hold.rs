@@ -73,6 +73,7 @@ impl<'a> Hold<'a> {
         for &(range, what) in parts {
             let addr = area.addr() + range.byte_offset();
             let Some(marks) = tracking.uffd() else {
+                remember(area);
                 hold.parts.push((range, How::Signal(announce(addr, addr + range.byte_len())?)));
                 area.protect(range.byte_offset(), range.byte_len(), Access::Read)?;
                 continue;
@@ -115,8 +116,7 @@ impl Drop for Hold<'_> {
     }
 }
 
-/// A range that is, or lately was, held by mprotect. The bounds stay after the release: a store that faulted just
-/// before it must be repeated, not reported.
+/// A range that is held by mprotect.
 struct Slot {
     start: AtomicUsize,
     end: AtomicUsize,
@@ -129,9 +129,30 @@ const ACTIVE: usize = 2;
 const SLOTS: usize = 64;
 static HELD: [Slot; SLOTS] =
     [const { Slot { start: AtomicUsize::new(0), end: AtomicUsize::new(0), state: AtomicUsize::new(RELEASED) } }; SLOTS];
+/// Areas in which something was ever held. A store may fault while its range is held and reach the handler when the
+/// range, and even its slot, is long in other use: such a store must be repeated, not reported. Entries are never
+/// removed, only overwritten by later ones when the table is full.
+static AREAS: [(AtomicUsize, AtomicUsize); AREA_COUNT] =
+    [const { (AtomicUsize::new(0), AtomicUsize::new(0)) }; AREA_COUNT];
+const AREA_COUNT: usize = 1024;
+
 /// The action that was there before ours; leaked when replaced, because a handler may be reading it.
 static PREVIOUS: AtomicPtr<libc::sigaction> = AtomicPtr::new(std::ptr::null_mut());
 static INSTALLING: Mutex<()> = Mutex::new(());
+
+fn remember(area: &Area) {
+    static NEXT: AtomicUsize = AtomicUsize::new(0);
+    let (start, end) = (area.addr(), area.addr() + area.len());
+    let known = |entry: &(AtomicUsize, AtomicUsize)| {
+        entry.0.load(Ordering::Acquire) == start && entry.1.load(Ordering::Acquire) == end
+    };
+    if !AREAS.iter().any(known) {
+        let entry = &AREAS[NEXT.fetch_add(1, Ordering::AcqRel) % AREA_COUNT];
+        entry.1.store(0, Ordering::Release);
+        entry.0.store(start, Ordering::Release);
+        entry.1.store(end, Ordering::Release);
+    }
+}
 
 fn announce(start: usize, end: usize) -> Result<usize> {
     install()?;
@@ -175,23 +196,22 @@ fn install() -> Result<()> {
 extern "C" fn on_fault(signal: i32, info: *mut libc::siginfo_t, context: *mut libc::c_void) {
     // SAFETY: the kernel passes a valid siginfo to an SA_SIGINFO handler of SIGSEGV.
     let addr = unsafe { (*info).si_addr() } as usize;
-    let mut lately_held = false;
-    for slot in &HELD {
-        let inside = || (slot.start.load(Ordering::Acquire)..slot.end.load(Ordering::Acquire)).contains(&addr);
-        if !inside() {
-            continue;
-        }
-        lately_held = true;
+    let is_ours =
+        AREAS.iter().any(|(start, end)| (start.load(Ordering::Acquire)..end.load(Ordering::Acquire)).contains(&addr));
+    if is_ours {
         let errno = errno();
-        while slot.state.load(Ordering::Acquire) != RELEASED && inside() {
-            let pause = libc::timespec { tv_sec: 0, tv_nsec: 50_000 };
-            // SAFETY: async-signal-safe; `pause` outlives the call.
-            unsafe { libc::nanosleep(&raw const pause, std::ptr::null_mut()) };
+        for slot in &HELD {
+            let inside = || (slot.start.load(Ordering::Acquire)..slot.end.load(Ordering::Acquire)).contains(&addr);
+            while slot.state.load(Ordering::Acquire) == ACTIVE && inside() {
+                let pause = libc::timespec { tv_sec: 0, tv_nsec: 50_000 };
+                // SAFETY: async-signal-safe; `pause` outlives the call.
+                unsafe { libc::nanosleep(&raw const pause, std::ptr::null_mut()) };
+            }
         }
         set_errno(errno);
-    }
-    if lately_held && repeats_are_few(addr) {
-        return;
+        if repeats_are_few(addr) {
+            return;
+        }
     }
     chain(signal, info, context);
 }

@@ -40,10 +40,22 @@ pub fn truncate(fd: BorrowedFd<'_>, bytes: u64) -> Result<()> {
     if rc == 0 { Ok(()) } else { Err(Error::last_os("ftruncate")) }
 }
 
+/// Add seals. The kernel refuses `F_SEAL_WRITE` with EBUSY while a page is in use, which includes the moment in which
+/// another thread faults on it; it waits up to 150 ms by itself, and we ask it again a few times.
 pub fn add_seals(fd: BorrowedFd<'_>, seals: i32) -> Result<()> {
-    // SAFETY: plain system call on a descriptor we borrow.
-    let rc = unsafe { libc::fcntl(fd.as_raw_fd(), libc::F_ADD_SEALS, seals) };
-    if rc == 0 { Ok(()) } else { Err(Error::last_os("fcntl(F_ADD_SEALS)")) }
+    const TRIES: u32 = 20;
+    for attempt in 1.. {
+        // SAFETY: plain system call on a descriptor we borrow.
+        let rc = unsafe { libc::fcntl(fd.as_raw_fd(), libc::F_ADD_SEALS, seals) };
+        if rc == 0 {
+            break;
+        }
+        let error = Error::last_os("fcntl(F_ADD_SEALS)");
+        if error.errno() != libc::EBUSY || attempt == TRIES {
+            return Err(error.hinted("somebody has a writable mapping of the memory, or uses its pages"));
+        }
+    }
+    Ok(())
 }
 
 /// The seals of a descriptor; None if it is not a file that can have any.
