@@ -229,11 +229,12 @@ class Mirror(Closing):
         self._check_open()
         return MirrorMapping(fd=self._fd, shmid=self._shmid, size_bytes=self._size)
 
-    def close(self) -> None:
+    def close(self, *, _close: Callable[[int], None] = os.close) -> None:
         """Give up the descriptor. Idempotent; mappings stay good."""
+        # Bound early: at the end of the interpreter the module's globals go before its objects.
         fd, self._fd, self._shmid = self._fd, -1, -1
         if fd >= 0:
-            os.close(fd)
+            _close(fd)
         tickets, self._tickets = self._tickets, None
         if tickets is not None:
             tickets.close()

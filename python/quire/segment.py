@@ -127,9 +127,9 @@ class Segment(ArrayViews, Closing, _native.Segment):
     def grow(self, size_bytes: int) -> None:
         """Make the segment longer; new pages read zero.
 
-        The address stays while there is room in the reservation made at creation, which is at least eight
-        times the size then, capped at 1 TiB beyond it. Past that the segment moves. Views that exist keep
-        their length.
+        The address stays while there is room in the reservation made at creation: seven times the size then
+        on top of it, at least 1 GiB and at most 1 TiB more. Past that the segment moves. Views that exist
+        keep their length.
 
         Args:
             size_bytes: The new length in bytes, not less than the old one.

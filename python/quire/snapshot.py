@@ -271,15 +271,14 @@ class Mapping(ArrayViews, Closing, _native.Mapping):
         """Show another snapshot at the same address; only what differs is touched.
 
         Views stay valid and show the new version. Other threads that read meanwhile see each page in its old
-        or its new version, in no order. In a private mapping the pages that this process has changed become
-        those of the new snapshot.
+        or its new version, in no order. A private mapping has content of its own and cannot be advanced.
 
         Args:
             snapshot: Any snapshot of the same size, newer, older or unrelated.
 
         Raises:
-            ValueError: The sizes differ, or a snapshot or the mapping is closed.
-            OSError: The kernel refused.
+            ValueError: The sizes differ, the mapping is private, or a snapshot or the mapping is closed.
+            OSError: The kernel refused; the mapping shows the old version still.
         """
         if not isinstance(snapshot, Snapshot):
             raise TypeError(f"a Mapping shows a Snapshot, not {type(snapshot).__name__}")
