@@ -52,7 +52,10 @@ def read(path: str) -> None:
             }
             send_json(sock, verdict)
             if verdict["wrong"]:
-                sys.exit(1)
+                # The writer is told; should this end be noticed first, it says the same.
+                sys.exit(
+                    f"found version {header['version']} inconsistent: " + "; ".join(verdict["wrong"][:3])
+                )
 
 
 if __name__ == "__main__":
