@@ -4,8 +4,11 @@ import array
 import contextlib
 import fcntl
 import os
+import pathlib
 import socket
 import struct
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -436,3 +439,27 @@ def test_a_socket_may_send_itself(pair: Pair) -> None:
     pair[0].sendmsg([message], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, ancillary)])
     with pytest.raises(NotImmutable):
         quire.recv(pair[1])
+
+
+def test_a_file_of_a_file_system_that_does_not_answer(pair: Pair, tmp_path: pathlib.Path) -> None:
+    if os.getuid() != 0 or not os.path.exists("/dev/fuse"):
+        pytest.skip("needs root and /dev/fuse to mount a file system")
+    script = pathlib.Path(__file__).with_name("fusefile.py")
+    threads = set(threading.enumerate())
+    child = subprocess.Popen(
+        [sys.executable, script, tmp_path, str(pair[0].fileno())],
+        pass_fds=[pair[0].fileno()],
+        stdin=subprocess.PIPE,
+    )
+    try:
+        pair[1].settimeout(60)
+        start = time.monotonic()
+        with pytest.raises(NotImmutable):
+            quire.recv(pair[1])
+        assert time.monotonic() - start < 30
+    finally:
+        child.communicate()
+    # The file system is gone, so what waited for it ends.
+    for thread in set(threading.enumerate()) - threads:
+        thread.join(60)
+        assert not thread.is_alive()

@@ -6,12 +6,14 @@ The mode of the socket is never changed: every call passes MSG_DONTWAIT and wait
 from __future__ import annotations
 
 import array
+import contextlib
 import errno
 import fcntl
 import math
 import os
 import select
 import socket
+import threading
 import time
 from typing import TYPE_CHECKING, NoReturn
 
@@ -49,6 +51,8 @@ _ANCILLARY_BYTES = (
     + socket.CMSG_SPACE(256)
 )
 
+_DISCARD_PATIENCE = 0.5
+
 _HINTS = {
     errno.ETOOMANYREFS: "too many descriptors of this user are on their way through sockets: "
     "let the peers read what was sent, or raise RLIMIT_NOFILE (ulimit -n)",
@@ -76,8 +80,7 @@ class Message:
 
     def close(self) -> None:
         """Close the descriptors that nobody took."""
-        for descriptor in self.take_descriptors():
-            os.close(descriptor)
+        _discard(self.take_descriptors())
 
     def __enter__(self) -> Self:
         """Return the message itself."""
@@ -88,6 +91,40 @@ class Message:
     ) -> None:
         """Close the descriptors that nobody took."""
         self.close()
+
+
+def _is_shared_memory(descriptor: int) -> bool:
+    """Whether it is of a file system that seals; asks nobody but the kernel, so it cannot hang."""
+    try:
+        fcntl.fcntl(descriptor, fcntl.F_GET_SEALS)
+    except OSError:
+        return False
+    return True
+
+
+def _discard(descriptors: Sequence[int]) -> None:
+    """Close descriptors that a peer sent.
+
+    Closing a file of FUSE waits, beyond the reach of any signal, for whoever serves it, who may be the peer.
+    So that is left to a thread; ordinary descriptors are closed when this returns.
+    """
+    slow = []
+    for descriptor in descriptors:
+        if _is_shared_memory(descriptor):
+            os.close(descriptor)
+        else:
+            slow.append(descriptor)
+    if slow:
+        thread = threading.Thread(target=_close_all, args=(slow,), name="quire-discard", daemon=True)
+        thread.start()
+        thread.join(_DISCARD_PATIENCE)
+
+
+def _close_all(descriptors: Sequence[int]) -> None:
+    for descriptor in descriptors:
+        # Linux has closed it, whatever close() reports.
+        with contextlib.suppress(OSError):
+            os.close(descriptor)
 
 
 class Progress:
@@ -377,6 +414,8 @@ def assemble_snapshot(message: Message, known: Mapping[bytes, int]) -> _native.S
         raise Malformed(
             f"message leaves out {len(missing)} layers that were not sent before, first {missing[0]}"
         )
+    if not all(map(_is_shared_memory, message.descriptors)):
+        raise NotImmutable("a descriptor that came with the message is no memfd")
     attached = iter(message.take_descriptors())
     descriptors: list[int] = []
     try:
