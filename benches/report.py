@@ -124,6 +124,8 @@ def _missed(results: Results) -> list[str]:
             for row in missed
         ),
         "",
+        "What was tried is told in [design.md](design.md#speed-and-what-was-tried).",
+        "",
     ]
 
 
