@@ -1,6 +1,6 @@
 """A file system in user space that answers nobody, and a message that carries a file of it.
 
-Run as a script: ``fusefile.py FOLDER SOCKET_NUMBER``. It mounts itself, opens a file, and sends the descriptor
+Run as a script: ``fusefile.py FOLDER SOCKET_NUMBER``. It mounts itself, opens a file, and sends that
 as the layer of a snapshot. Whoever else asks something of the file waits until this process ends, which it
 does with its standard input.
 """
