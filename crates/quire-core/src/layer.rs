@@ -107,6 +107,9 @@ impl Trailer {
         if u32_at(CRC_AT) != crc {
             return bad("wrong checksum".to_owned());
         }
+        if page[80..128].iter().any(|b| *b != 0) || page[128 + 16 * MAX_IMPORTS..CRC_AT].iter().any(|b| *b != 0) {
+            return bad("bytes that have no meaning are not zero".to_owned());
+        }
         let flags = u32_at(12);
         if flags & !FLAG_HASHED != 0 {
             return bad(format!("unknown flags {flags:#x}"));
@@ -123,6 +126,9 @@ impl Trailer {
         }
         if count > MAX_IMPORTS as u64 {
             return bad(format!("{count} imports"));
+        }
+        if page[128 + 16 * count as usize..128 + 16 * MAX_IMPORTS].iter().any(|b| *b != 0) {
+            return bad(format!("more import ids than the {count} announced"));
         }
         let id = id_at(16);
         let imports: Vec<LayerId> = (0..count as usize).map(|i| id_at(128 + 16 * i)).collect();
