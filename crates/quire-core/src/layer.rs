@@ -9,7 +9,7 @@ use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, Weak};
 
 use crate::pages::{FANOUT, MAX_PAGES, PAGE, PageRange};
-use crate::sys::memfd::{self, Piece};
+use crate::sys::memfd::{self, Piece, Status};
 use crate::table::Entry;
 use crate::{Error, Result};
 
@@ -262,24 +262,13 @@ impl Layer {
         };
         let encoded = trailer.encode();
         let nodes = Piece { addr: draft.nodes.as_ptr() as usize, len: draft.nodes.len() * 8 };
-        let pieces = if nodes.len > 0 { vec![nodes, Piece::of(&encoded[..])] } else { vec![Piece::of(&encoded[..])] };
-        memfd::write_pieces(draft.fd.as_fd(), trailer.data_pages * PAGE, &pieces)?;
+        memfd::write_pieces(draft.fd.as_fd(), trailer.data_pages * PAGE, &[nodes, Piece::of(&encoded[..])])?;
         memfd::add_seals(draft.fd.as_fd(), memfd::SEALS_IMMUTABLE)?;
         let status = memfd::status(draft.fd.as_fd())?;
-        let layer = Arc::new(Self {
-            key: Key { dev: status.dev, ino: status.ino },
-            number: next_number(),
-            backing: Backing::Sealed,
-            nodes: if trailer.node_pages > 0 { Nodes::Mapped(OnceLock::new()) } else { Nodes::None },
-            data: OnceLock::new(),
-            origins: draft.origins,
-            gathered: draft.gathered,
-            dense: OnceLock::new(),
-            trailer,
-            fd: draft.fd,
-        });
-        layer.enlist();
-        Ok(layer)
+        let mut layer = Self::sealed(draft.fd, &status, trailer);
+        layer.origins = draft.origins;
+        layer.gathered = draft.gathered;
+        Ok(layer.enlisted())
     }
 
     /// Check a descriptor from outside with the kernel and open it as a layer.
@@ -291,20 +280,28 @@ impl Layer {
             return Ok(layer);
         }
         let trailer = read_trailer(fd.as_fd(), status.size)?;
-        let layer = Arc::new(Self {
-            key,
+        Ok(Self::sealed(fd, &status, trailer).enlisted())
+    }
+
+    /// A layer in a sealed memfd, whose nodes are mapped when they are first asked for.
+    fn sealed(fd: OwnedFd, status: &Status, trailer: Trailer) -> Self {
+        let nodes = if trailer.node_pages > 0 { Nodes::Mapped(OnceLock::new()) } else { Nodes::None };
+        Self::opened(fd, status, Backing::Sealed, trailer, nodes)
+    }
+
+    fn opened(fd: OwnedFd, status: &Status, backing: Backing, trailer: Trailer, nodes: Nodes) -> Self {
+        Self {
+            fd,
+            key: Key { dev: status.dev, ino: status.ino },
             number: next_number(),
-            backing: Backing::Sealed,
-            nodes: if trailer.node_pages > 0 { Nodes::Mapped(OnceLock::new()) } else { Nodes::None },
+            backing,
+            trailer,
+            nodes,
             data: OnceLock::new(),
             origins: Origins::default(),
             gathered: false,
             dense: OnceLock::new(),
-            trailer,
-            fd,
-        });
-        layer.enlist();
-        Ok(layer)
+        }
     }
 
     /// Open a saved file. The caller has checked its hash if it wants to; structure is checked here.
@@ -325,22 +322,15 @@ impl Layer {
                 *entry = u64::from_le_bytes(bytes.try_into().expect("eight bytes"));
             }
         }
-        Ok(Arc::new(Self {
-            key: Key { dev: status.dev, ino: status.ino },
-            number: next_number(),
-            backing: Backing::File,
-            nodes: Nodes::Copied(nodes.into_boxed_slice()),
-            data: OnceLock::new(),
-            origins: Origins::default(),
-            gathered: false,
-            dense: OnceLock::new(),
-            trailer,
-            fd,
-        }))
+        let nodes = Nodes::Copied(nodes.into_boxed_slice());
+        Ok(Arc::new(Self::opened(fd, &status, Backing::File, trailer, nodes)))
     }
 
-    fn enlist(self: &Arc<Self>) {
-        lock().get_or_insert_with(HashMap::new).insert(self.key, Arc::downgrade(self));
+    /// Let other snapshots of this process find the layer by its inode.
+    fn enlisted(self) -> Arc<Self> {
+        let layer = Arc::new(self);
+        lock().get_or_insert_with(HashMap::new).insert(layer.key, Arc::downgrade(&layer));
+        layer
     }
 
     #[must_use]

@@ -39,11 +39,6 @@ impl Mapping {
     }
 
     #[must_use]
-    pub const fn is_private(&self) -> bool {
-        self.private
-    }
-
-    #[must_use]
     pub fn copied_pages(&self) -> u64 {
         self.layout.copied().len()
     }

@@ -6,7 +6,7 @@ use std::sync::Arc;
 use super::frozen::Frozen;
 use super::tracking;
 use crate::layer::{Draft, Layer, Origins};
-use crate::pages::{FANOUT, PAGE, PageRange, PageSet, intersection, pages_for, total};
+use crate::pages::{FANOUT, PAGE, PageRange, intersection, pages_for, total};
 use crate::snapshot::{Count, Snapshot, Stats};
 use crate::sys::area::{Access, Area, Sharing};
 use crate::sys::hold::{Hold, What};
@@ -147,7 +147,7 @@ impl Fresh {
         }
         self.sealed = true;
         let (tip, stats) = seal(std::mem::take(&mut self.stripes), size_bytes)?;
-        let frozen = Frozen::start(area, Arc::new(tip), &zones, PageSet::default())?;
+        let frozen = Frozen::start(area, Arc::new(tip), &zones)?;
         Ok((frozen, stats))
     }
 

@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use super::rewrite::{self, Ledger, Rewritten};
 use super::{lay_out, tracking};
-use crate::pages::{PAGE, PageRange, PageSet, subtract, total, union};
+use crate::pages::{PAGE, PageRange, PageSet, pages_for, subtract, total, union};
 use crate::publish::{self, Edition};
 use crate::snapshot::{Snapshot, Stats};
 use crate::sys::area::{Access, Area};
@@ -59,14 +59,14 @@ impl Frozen {
     }
 
     /// Take over a mapping that was just made private over `tip`.
-    pub fn start(area: &Area, tip: Arc<Snapshot>, zones: &[(PageRange, bool)], duplicates: PageSet) -> Result<Self> {
+    pub fn start(area: &Area, tip: Arc<Snapshot>, zones: &[(PageRange, bool)]) -> Result<Self> {
         let mut all = Zones(Vec::new());
         zones.iter().for_each(|&(range, sparse)| all.push(range, sparse));
         let pages = tip.pages();
         let mut frozen = Self {
             tip,
             zones: all,
-            duplicates,
+            duplicates: PageSet::default(),
             pending: Vec::new(),
             unregistered: Vec::new(),
             ledger: Ledger::default(),
@@ -130,7 +130,7 @@ impl Frozen {
 
     pub fn publish(&mut self, area: &Area, size_bytes: u64) -> Result<(Arc<Snapshot>, Stats)> {
         let tracking = tracking();
-        let pages = size_bytes.div_ceil(PAGE);
+        let pages = pages_for(size_bytes);
         self.restore_tracking(area)?;
         // From here on the marks are gone: until the version is complete, its pages stay pending.
         self.pending = self.changed(area, &tracking, pages)?;
