@@ -35,7 +35,7 @@ test: build $(VENV)/.extra-test $(VENV)/.extra-demo
 	$(CARGO) test --release --quiet --package quire-core
 	$(BIN)/python -m pytest
 
-lint: build $(VENV)/.extra-lint $(VENV)/.extra-test
+lint: build $(VENV)/.extra-lint $(VENV)/.extra-test $(VENV)/.extra-demo
 	$(CARGO) fmt --all --check
 	$(CARGO) clippy --release --all-targets --quiet -- -D warnings
 	$(BIN)/ruff check
@@ -53,7 +53,7 @@ fuzz: build $(VENV)/.extra-test
 build: $(VENV)/.extension
 
 clean:
-	rm -rf $(VENV) target fuzz/target .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf $(VENV) target fuzz/target .mypy_cache .ruff_cache .pytest_cache .hypothesis fuzz/.hypothesis
 	rm -f python/quire/_native*.so
 	find $(wildcard python tests benches fuzz examples tools) -name __pycache__ -prune -exec rm -rf {} +
 
