@@ -156,3 +156,9 @@ class MirrorView:
 
 def probe() -> dict[str, Any]:
     """What this kernel and user can do; see quire.doctor for the meaning of each key."""
+
+@final
+class Source:
+    @property
+    def size(self) -> int: ...
+    def read(self, offset: int, length: int) -> bytes: ...

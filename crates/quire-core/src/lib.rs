@@ -16,6 +16,7 @@ pub mod publish;
 pub mod save;
 pub mod segment;
 pub mod snapshot;
+pub mod source;
 pub mod sys;
 pub mod table;
 

@@ -8,6 +8,7 @@ pyo3::import_exception!(quire.errors, NotImmutable);
 pyo3::import_exception!(quire.errors, Malformed);
 pyo3::import_exception!(quire.errors, ForkedError);
 pyo3::import_exception!(quire.errors, Unsupported);
+pyo3::import_exception!(quire.errors, PageError);
 
 /// `?` turns a core error into the Python exception it stands for.
 pub struct Raised(PyErr);

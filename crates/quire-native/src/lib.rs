@@ -7,6 +7,7 @@ mod mapping;
 mod probe;
 mod segment;
 mod snapshot;
+mod source;
 
 use pyo3::prelude::*;
 
@@ -20,6 +21,7 @@ fn _native(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add_class::<live::LiveSegment>()?;
     module.add_class::<live::WritableAlias>()?;
     module.add_class::<live::MirrorView>()?;
+    module.add_class::<source::Source>()?;
     module.add_function(wrap_pyfunction!(probe::probe, module)?)?;
     Ok(())
 }

@@ -1,0 +1,139 @@
+//! Where the bytes of a region come from.
+//!
+//! Two layers. `ReadAt` is raw bytes with random access: a part of a file, memory, something remote. `Source` is what a
+//! region shows: raw bytes as they are, or what a codec makes of them. Neither knows who asks, nor where the bytes go.
+
+use std::fmt;
+use std::ops::Range;
+use std::sync::Arc;
+
+/// Why bytes could not be had. Made without allocating unless there is a detail, so that a signal handler can.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Failure {
+    /// What went wrong, in a few words: "short read", "CRC mismatch".
+    pub cause: &'static str,
+    /// Where in the source, in bytes.
+    pub offset: u64,
+    /// The system call's error, or 0.
+    pub errno: i32,
+    /// What a remote side said, in one line.
+    pub detail: Option<Arc<str>>,
+}
+
+impl Failure {
+    #[must_use]
+    pub const fn new(cause: &'static str, offset: u64) -> Self {
+        Self { cause, offset, errno: 0, detail: None }
+    }
+
+    #[must_use]
+    pub const fn os(cause: &'static str, offset: u64, errno: i32) -> Self {
+        Self { cause, offset, errno, detail: None }
+    }
+
+    #[must_use]
+    pub fn detailed(cause: &'static str, offset: u64, detail: &str) -> Self {
+        Self { cause, offset, errno: 0, detail: Some(Arc::from(detail)) }
+    }
+}
+
+impl fmt::Display for Failure {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{} at byte {}", self.cause, self.offset)?;
+        if self.errno != 0 {
+            write!(f, ": {}", std::io::Error::from_raw_os_error(self.errno))?;
+        }
+        if let Some(detail) = &self.detail {
+            write!(f, ": {detail}")?;
+        }
+        Ok(())
+    }
+}
+
+impl std::error::Error for Failure {}
+
+pub type Filled = std::result::Result<(), Failure>;
+
+/// Raw bytes with random access. Called from any thread, several at once, never with the GIL held.
+pub trait ReadAt: Send + Sync {
+    /// Length in bytes; never changes.
+    fn size(&self) -> u64;
+
+    /// Fill all of `into` with the bytes from `offset` on. The range lies within the size.
+    fn read_at(&self, offset: u64, into: &mut [u8]) -> Filled;
+
+    /// Whether `read_at` may be called in a signal handler: it allocates nothing and takes no lock.
+    fn is_signal_safe(&self) -> bool {
+        false
+    }
+
+    /// How many reads in flight at once pay off.
+    fn parallel_reads(&self) -> usize {
+        1
+    }
+}
+
+/// What a region shows. Called from any thread, several at once, never with the GIL held.
+pub trait Source: Send + Sync {
+    /// Length in bytes; never changes.
+    fn size(&self) -> u64;
+
+    /// Fill all of `into` with the bytes from `offset` on. The range lies within the size. Whatever is written to `into`
+    /// before a failure is not used.
+    fn fill(&self, offset: u64, into: &mut [u8]) -> Filled;
+
+    /// The range that is produced together with the byte at `offset`, in bytes, half-open, within the size: a frame of a
+    /// compressed file. Empty ranges mean that any range is as good as any other.
+    fn unit(&self, offset: u64) -> Range<u64> {
+        offset..offset
+    }
+
+    /// Whether `fill` may be called in a signal handler: it allocates nothing and takes no lock.
+    fn is_signal_safe(&self) -> bool {
+        false
+    }
+
+    /// How many fills in flight at once pay off.
+    fn parallel_fills(&self) -> usize {
+        1
+    }
+}
+
+/// Raw bytes shown as they are.
+pub struct Plain<R>(pub R);
+
+impl<R: ReadAt> Source for Plain<R> {
+    fn size(&self) -> u64 {
+        self.0.size()
+    }
+
+    fn fill(&self, offset: u64, into: &mut [u8]) -> Filled {
+        self.0.read_at(offset, into)
+    }
+
+    fn is_signal_safe(&self) -> bool {
+        self.0.is_signal_safe()
+    }
+
+    fn parallel_fills(&self) -> usize {
+        self.0.parallel_reads()
+    }
+}
+
+impl<R: ReadAt + ?Sized> ReadAt for Arc<R> {
+    fn size(&self) -> u64 {
+        (**self).size()
+    }
+
+    fn read_at(&self, offset: u64, into: &mut [u8]) -> Filled {
+        (**self).read_at(offset, into)
+    }
+
+    fn is_signal_safe(&self) -> bool {
+        (**self).is_signal_safe()
+    }
+
+    fn parallel_reads(&self) -> usize {
+        (**self).parallel_reads()
+    }
+}
