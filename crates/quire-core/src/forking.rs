@@ -1,6 +1,6 @@
 //! Fork: what writes memory is told before it and, in the child, after it; all locks are held across it.
 
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
+use std::sync::{Arc, Mutex, MutexGuard, Once, PoisonError, Weak};
 
 use crate::Result;
 use crate::sys::fork::{self, Locked};
@@ -24,7 +24,8 @@ fn members() -> MutexGuard<'static, Vec<Member>> {
 
 /// Have an object told of forks for as long as it lives.
 pub fn enlist(member: Member) -> Result<()> {
-    fork::at_fork(prepare, in_parent, in_child)?;
+    static ONCE: Once = Once::new();
+    fork::at_fork(&ONCE, prepare, in_parent, in_child)?;
     let mut all = members();
     all.retain(|weak| weak.strong_count() > 0);
     all.push(member);

@@ -13,6 +13,7 @@ pub mod live;
 pub mod mapping;
 pub mod pages;
 pub mod publish;
+pub mod region;
 pub mod save;
 pub mod segment;
 pub mod snapshot;

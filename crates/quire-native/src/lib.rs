@@ -5,6 +5,7 @@ mod errors;
 mod live;
 mod mapping;
 mod probe;
+mod region;
 mod segment;
 mod snapshot;
 mod source;
@@ -22,6 +23,7 @@ fn _native(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add_class::<live::WritableAlias>()?;
     module.add_class::<live::MirrorView>()?;
     module.add_class::<source::Source>()?;
+    module.add_class::<region::Region>()?;
     module.add_function(wrap_pyfunction!(probe::probe, module)?)?;
     Ok(())
 }

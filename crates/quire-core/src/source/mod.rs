@@ -71,6 +71,10 @@ pub trait ReadAt: Send + Sync {
     fn parallel_reads(&self) -> usize {
         1
     }
+
+    /// Called in a forked child before anything else runs there, with no read under way. Only notes may be taken:
+    /// connections and threads are the parent's.
+    fn enter_child(&self) {}
 }
 
 /// What a region shows. Called from any thread, several at once, never with the GIL held.
@@ -97,6 +101,9 @@ pub trait Source: Send + Sync {
     fn parallel_fills(&self) -> usize {
         1
     }
+
+    /// As `ReadAt::enter_child`.
+    fn enter_child(&self) {}
 }
 
 /// Raw bytes shown as they are.
@@ -118,6 +125,10 @@ impl<R: ReadAt> Source for Plain<R> {
     fn parallel_fills(&self) -> usize {
         self.0.parallel_reads()
     }
+
+    fn enter_child(&self) {
+        self.0.enter_child();
+    }
 }
 
 impl<R: ReadAt + ?Sized> ReadAt for Arc<R> {
@@ -135,5 +146,9 @@ impl<R: ReadAt + ?Sized> ReadAt for Arc<R> {
 
     fn parallel_reads(&self) -> usize {
         (**self).parallel_reads()
+    }
+
+    fn enter_child(&self) {
+        (**self).enter_child();
     }
 }

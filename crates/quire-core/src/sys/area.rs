@@ -11,6 +11,7 @@ pub enum Access {
     None,
     Read,
     ReadWrite,
+    ReadExecute,
 }
 
 impl Access {
@@ -19,6 +20,7 @@ impl Access {
             Self::None => libc::PROT_NONE,
             Self::Read => libc::PROT_READ,
             Self::ReadWrite => libc::PROT_READ | libc::PROT_WRITE,
+            Self::ReadExecute => libc::PROT_READ | libc::PROT_EXEC,
         }
     }
 }
@@ -144,6 +146,31 @@ impl Area {
         if rc == 0 { Ok(()) } else { Err(Error::last_os("madvise(MADV_DONTFORK)")) }
     }
 
+    /// Let the kernel drop private pages of a part when it needs memory; a write would keep them.
+    pub fn free_lazily(&self, offset: usize, len: usize) -> Result<()> {
+        // SAFETY: the range is ours, and no Rust reference into it exists. Callable in a signal handler.
+        let rc = unsafe { libc::madvise(self.at(offset, len), len, libc::MADV_FREE) };
+        if rc == 0 { Ok(()) } else { Err(Error::last_os("madvise(MADV_FREE)")) }
+    }
+
+    /// Whether each page of a part is in memory, as bytes whose lowest bit says so.
+    pub fn residency(&self, offset: usize, len: usize, out: &mut [u8]) -> Result<()> {
+        assert!(out.len() >= len.div_ceil(4096), "a byte for each page");
+        // SAFETY: the range is ours; the vector has a byte for each of its pages.
+        let rc = unsafe { libc::mincore(self.at(offset, len), len, out.as_mut_ptr()) };
+        if rc == 0 { Ok(()) } else { Err(Error::last_os("mincore")) }
+    }
+
+    /// Copy bytes out by a system call, which a page that cannot be had ends early; returns how many were copied.
+    #[must_use]
+    pub fn copy_out(&self, offset: usize, into: &mut [u8]) -> usize {
+        let local = libc::iovec { iov_base: into.as_mut_ptr().cast(), iov_len: into.len() };
+        let remote = libc::iovec { iov_base: self.at(offset, into.len()), iov_len: into.len() };
+        // SAFETY: the kernel writes to the slice only, and checks the other range itself.
+        let n = unsafe { libc::process_vm_readv(libc::getpid(), &raw const local, 1, &raw const remote, 1, 0) };
+        usize::try_from(n).unwrap_or(0)
+    }
+
     /// In a forked child: take back the addresses that were kept out of it, so that touching them faults.
     pub fn reclaim(&self) -> Result<()> {
         let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE | libc::MAP_FIXED_NOREPLACE;
@@ -200,6 +227,14 @@ impl Area {
         // SAFETY: source and destination are valid for the length and cannot overlap, since no Rust slice lies in
         // the area. The caller has mapped the range writable; a range that is not faults like any store would.
         unsafe { std::ptr::copy_nonoverlapping(bytes.as_ptr(), to.cast(), bytes.len()) };
+    }
+
+    /// Lend a part to somebody as bytes. The part must be memory that only this process's Rust code knows of, and that
+    /// nobody else is lent at the time.
+    pub fn with_bytes<T>(&self, offset: usize, len: usize, work: impl FnOnce(&mut [u8]) -> T) -> T {
+        let at = self.at(offset, len).cast::<u8>();
+        // SAFETY: mapped writable, never exported, and lent to one at a time: the caller's two duties.
+        work(unsafe { std::slice::from_raw_parts_mut(at, len) })
     }
 
     /// Whether a whole page reads zero. The page must be mapped readable.

@@ -5,6 +5,7 @@ use std::any::Any;
 use std::cell::RefCell;
 use std::mem::ManuallyDrop;
 use std::ops::{Deref, DerefMut};
+use std::sync::atomic::{AtomicPtr, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, Once, PoisonError};
 
 use crate::{Error, Result};
@@ -14,11 +15,10 @@ thread_local! {
     static GUARDS: RefCell<Vec<Box<dyn Any>>> = const { RefCell::new(Vec::new()) };
 }
 
-/// Install handlers once for the process.
-pub fn at_fork(prepare: extern "C" fn(), parent: extern "C" fn(), child: extern "C" fn()) -> Result<()> {
-    static ONCE: Once = Once::new();
+/// Install handlers, once for each `once`.
+pub fn at_fork(once: &Once, prepare: extern "C" fn(), parent: extern "C" fn(), child: extern "C" fn()) -> Result<()> {
     let mut outcome = Ok(());
-    ONCE.call_once(|| {
+    once.call_once(|| {
         unsafe extern "C" {
             fn pthread_atfork(
                 prepare: Option<extern "C" fn()>,
@@ -85,5 +85,54 @@ impl<T: ?Sized + 'static> Drop for Locked<T> {
             ManuallyDrop::drop(&mut self.guard);
             ManuallyDrop::drop(&mut self.owner);
         }
+    }
+}
+
+/// A value that lives as long as the process, made when first asked for; a forked child forgets it and makes its own.
+/// Reading it takes no lock, so a signal handler can.
+pub struct PerProcess<T: 'static>(AtomicPtr<T>);
+
+impl<T: Send + Sync + 'static> PerProcess<T> {
+    #[must_use]
+    pub const fn new() -> Self {
+        Self(AtomicPtr::new(std::ptr::null_mut()))
+    }
+
+    #[must_use]
+    pub fn get(&self) -> Option<&'static T> {
+        let value = self.0.load(Ordering::Acquire);
+        // SAFETY: either null or a leaked box, which is never freed.
+        if value.is_null() { None } else { Some(unsafe { &*value }) }
+    }
+
+    pub fn get_or_make(&self, make: impl FnOnce() -> Result<T>) -> Result<&'static T> {
+        if let Some(value) = self.get() {
+            return Ok(value);
+        }
+        let made = Box::into_raw(Box::new(make()?));
+        match self.0.compare_exchange(std::ptr::null_mut(), made, Ordering::AcqRel, Ordering::Acquire) {
+            // SAFETY: just leaked, and never freed from now on.
+            Ok(_) => Ok(unsafe { &*made }),
+            Err(earlier) => {
+                // SAFETY: ours alone: nobody else has seen it.
+                drop(unsafe { Box::from_raw(made) });
+                // SAFETY: a leaked box, which is never freed.
+                Ok(unsafe { &*earlier })
+            }
+        }
+    }
+
+    /// In a forked child: the next `get_or_make` makes a new one. The old one is leaked, with whatever locks in it
+    /// threads of the parent hold.
+    pub fn forget(&self) -> Option<&'static T> {
+        let old = self.get();
+        self.0.store(std::ptr::null_mut(), Ordering::Release);
+        old
+    }
+}
+
+impl<T: Send + Sync + 'static> Default for PerProcess<T> {
+    fn default() -> Self {
+        Self::new()
     }
 }

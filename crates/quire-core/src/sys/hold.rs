@@ -3,14 +3,12 @@
 //! Two ways. A second, synchronous userfaultfd registered for missing pages and write protection: the kernel
 //! lets storing threads sleep until they are woken. Or mprotect to read-only and a SIGSEGV handler in which the
 //! storing thread waits; every fault that is not ours goes to the handler installed before.
-#![allow(unsafe_code)]
-
-use std::mem::MaybeUninit;
-use std::sync::atomic::{AtomicPtr, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use crate::pages::PageRange;
 use crate::sys::area::{Access, Area};
+use crate::sys::signals;
 use crate::sys::tracking::Tracking;
 use crate::sys::uffd::{self, Uffd};
 use crate::{Error, Result};
@@ -136,10 +134,6 @@ static AREAS: [(AtomicUsize, AtomicUsize); AREA_COUNT] =
     [const { (AtomicUsize::new(0), AtomicUsize::new(0)) }; AREA_COUNT];
 const AREA_COUNT: usize = 1024;
 
-/// The action that was there before ours; leaked when replaced, because a handler may be reading it.
-static PREVIOUS: AtomicPtr<libc::sigaction> = AtomicPtr::new(std::ptr::null_mut());
-static INSTALLING: Mutex<()> = Mutex::new(());
-
 fn remember(area: &Area) {
     static NEXT: AtomicUsize = AtomicUsize::new(0);
     let (start, end) = (area.addr(), area.addr() + area.len());
@@ -155,7 +149,7 @@ fn remember(area: &Area) {
 }
 
 fn announce(start: usize, end: usize) -> Result<usize> {
-    install()?;
+    signals::SEGV.claim(on_fault)?;
     for (i, slot) in HELD.iter().enumerate() {
         if slot.state.compare_exchange(RELEASED, CHANGING, Ordering::AcqRel, Ordering::Relaxed).is_ok() {
             slot.start.store(start, Ordering::Release);
@@ -167,95 +161,16 @@ fn announce(start: usize, end: usize) -> Result<usize> {
     Err(Error::Unsupported(format!("more than {SLOTS} segments are taking a snapshot at once")))
 }
 
-/// Install our handler unless it is the current one.
-fn install() -> Result<()> {
-    let _one = INSTALLING.lock().unwrap_or_else(PoisonError::into_inner);
-    let mut old = MaybeUninit::<libc::sigaction>::zeroed();
-    // SAFETY: asking for the current action only writes `old`.
-    if unsafe { libc::sigaction(libc::SIGSEGV, std::ptr::null(), old.as_mut_ptr()) } != 0 {
-        return Err(Error::last_os("sigaction"));
-    }
-    // SAFETY: zeroed, then filled by the call above; the struct is plain data.
-    let old = unsafe { old.assume_init() };
-    let ours: extern "C" fn(i32, *mut libc::siginfo_t, *mut libc::c_void) = on_fault;
-    if old.sa_sigaction == ours as usize {
-        return Ok(());
-    }
-    PREVIOUS.store(Box::into_raw(Box::new(old)), Ordering::Release);
-    // SAFETY: an all-zero sigaction is valid; the fields that matter are set below.
-    let mut new: libc::sigaction = unsafe { std::mem::zeroed() };
-    new.sa_sigaction = ours as usize;
-    new.sa_flags = libc::SA_SIGINFO | libc::SA_ONSTACK | libc::SA_NODEFER;
-    // SAFETY: the handler is async-signal-safe: atomics, nanosleep, and what the previous handler does.
-    if unsafe { libc::sigaction(libc::SIGSEGV, &raw const new, std::ptr::null_mut()) } != 0 {
-        return Err(Error::last_os("sigaction"));
-    }
-    Ok(())
-}
-
-extern "C" fn on_fault(signal: i32, info: *mut libc::siginfo_t, context: *mut libc::c_void) {
-    // SAFETY: the kernel passes a valid siginfo to an SA_SIGINFO handler of SIGSEGV.
-    let addr = unsafe { (*info).si_addr() } as usize;
+fn on_fault(addr: usize) -> bool {
     let is_ours =
         AREAS.iter().any(|(start, end)| (start.load(Ordering::Acquire)..end.load(Ordering::Acquire)).contains(&addr));
     if is_ours {
-        let errno = errno();
         for slot in &HELD {
             let inside = || (slot.start.load(Ordering::Acquire)..slot.end.load(Ordering::Acquire)).contains(&addr);
             while slot.state.load(Ordering::Acquire) == ACTIVE && inside() {
-                let pause = libc::timespec { tv_sec: 0, tv_nsec: 50_000 };
-                // SAFETY: async-signal-safe; `pause` outlives the call.
-                unsafe { libc::nanosleep(&raw const pause, std::ptr::null_mut()) };
+                signals::pause(50_000);
             }
         }
-        set_errno(errno);
-        if repeats_are_few(addr) {
-            return;
-        }
     }
-    chain(signal, info, context);
-}
-
-/// False once the same address faults again and again: then the fault is real, for example in a closed segment.
-fn repeats_are_few(addr: usize) -> bool {
-    const MANY: usize = 1000;
-    static LAST: AtomicUsize = AtomicUsize::new(0);
-    static TIMES: AtomicUsize = AtomicUsize::new(0);
-    if LAST.swap(addr, Ordering::AcqRel) != addr {
-        TIMES.store(0, Ordering::Release);
-    }
-    TIMES.fetch_add(1, Ordering::AcqRel) < MANY
-}
-
-fn chain(signal: i32, info: *mut libc::siginfo_t, context: *mut libc::c_void) {
-    let previous = PREVIOUS.load(Ordering::Acquire);
-    // SAFETY: either null or a leaked box that is never freed.
-    let action = if previous.is_null() { None } else { Some(unsafe { &*previous }) };
-    match action {
-        Some(action) if action.sa_sigaction != libc::SIG_DFL && action.sa_sigaction != libc::SIG_IGN => {
-            if action.sa_flags & libc::SA_SIGINFO != 0 {
-                // SAFETY: the action was installed with SA_SIGINFO, so its handler has this type.
-                let handler: extern "C" fn(i32, *mut libc::siginfo_t, *mut libc::c_void) =
-                    unsafe { std::mem::transmute(action.sa_sigaction) };
-                handler(signal, info, context);
-            } else {
-                // SAFETY: the action was installed without SA_SIGINFO, so its handler has this type.
-                let handler: extern "C" fn(i32) = unsafe { std::mem::transmute(action.sa_sigaction) };
-                handler(signal);
-            }
-        }
-        _ => {
-            // SAFETY: restoring the default action; returning then repeats the fault, which ends the process.
-            unsafe { libc::signal(libc::SIGSEGV, libc::SIG_DFL) };
-        }
-    }
-}
-
-fn errno() -> i32 {
-    std::io::Error::last_os_error().raw_os_error().unwrap_or(0)
-}
-
-fn set_errno(value: i32) {
-    // SAFETY: the location is this thread's errno.
-    unsafe { *libc::__errno_location() = value };
+    is_ours && signals::repeats_are_few(addr)
 }

@@ -122,6 +122,38 @@ pub fn read_exact(fd: BorrowedFd<'_>, buf: &mut [u8], offset: u64) -> Result<boo
     Ok(true)
 }
 
+/// Write all bytes at an offset. Allocates nothing and takes no lock, so it may be called in a signal handler.
+pub fn write_all(fd: BorrowedFd<'_>, bytes: &[u8], offset: u64) -> Result<()> {
+    let mut done = 0;
+    while done < bytes.len() {
+        let rest = &bytes[done..];
+        // SAFETY: the pointer and length describe `rest`.
+        let n =
+            unsafe { libc::pwrite(fd.as_raw_fd(), rest.as_ptr().cast(), rest.len(), (offset + done as u64) as i64) };
+        match n {
+            n if n > 0 => done += n as usize,
+            _ if interrupted() => {}
+            _ => return Err(Error::last_os("pwrite")),
+        }
+    }
+    Ok(())
+}
+
+/// Give the memory of a part back; it reads zero until it is written again.
+pub fn punch_hole(fd: BorrowedFd<'_>, offset: u64, len: u64) -> Result<()> {
+    let mode = libc::FALLOC_FL_PUNCH_HOLE | libc::FALLOC_FL_KEEP_SIZE;
+    // SAFETY: plain system call on a descriptor we borrow.
+    let rc = unsafe { libc::fallocate(fd.as_raw_fd(), mode, offset as i64, len as i64) };
+    if rc == 0 { Ok(()) } else { Err(Error::last_os("fallocate(PUNCH_HOLE)")) }
+}
+
+/// Make a descriptor number mean another file, in one step.
+pub fn replace(place: BorrowedFd<'_>, file: OwnedFd) -> Result<()> {
+    // SAFETY: the number stays owned by whoever owns it; only the file behind it changes.
+    let rc = unsafe { libc::dup3(file.as_raw_fd(), place.as_raw_fd(), libc::O_CLOEXEC) };
+    if rc < 0 { Err(Error::last_os("dup3")) } else { Ok(()) }
+}
+
 /// A piece of memory to be written: its address and length in bytes.
 ///
 /// The kernel copies from it and reports EFAULT for memory that is not there, so no claim about it is needed.

@@ -2,12 +2,15 @@
 
 pub mod area;
 pub mod fork;
+pub mod futex;
 pub mod hold;
 pub mod memfd;
 pub mod memory;
 pub mod pagemap;
 pub mod probe;
+pub mod psi;
 pub mod random;
+pub mod signals;
 pub mod sysv;
 pub mod tracking;
 pub mod uffd;

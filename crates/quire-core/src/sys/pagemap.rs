@@ -119,6 +119,16 @@ impl Pagemap {
         Ok(())
     }
 
+    /// Whether this process has any page of a range in its page table.
+    pub fn any_present(&self, base: usize, range: PageRange) -> Result<bool> {
+        const IS_PRESENT: u8 = 1 << 7;
+        let mut words = vec![0u8; (range.len * 8) as usize];
+        if !memfd::read_exact(self.0.as_fd(), &mut words, (base as u64 / PAGE + range.start) * 8)? {
+            return Err(Error::Unsupported("/proc/self/pagemap ends early".to_owned()));
+        }
+        Ok(words.chunks_exact(8).any(|word| word[7] & IS_PRESENT != 0))
+    }
+
     /// Append the private copies of a range, in memory or swapped out, as the older interface tells them.
     ///
     /// Zero pages of anonymous memory are among them. So are, for users who are not shown swap entries, unpopulated

@@ -7,8 +7,10 @@ use crate::{Error, Result};
 
 pub const FEATURE_PAGEFAULT_FLAG_WP: u64 = 1 << 0;
 pub const FEATURE_MISSING_SHMEM: u64 = 1 << 5;
+pub const FEATURE_SIGBUS: u64 = 1 << 7;
 pub const FEATURE_WP_HUGETLBFS_SHMEM: u64 = 1 << 12;
 pub const FEATURE_WP_UNPOPULATED: u64 = 1 << 13;
+pub const FEATURE_POISON: u64 = 1 << 14;
 pub const FEATURE_WP_ASYNC: u64 = 1 << 15;
 
 pub const MODE_MISSING: u64 = 1 << 0;
@@ -28,19 +30,35 @@ const IOC_API: u64 = ioctl_nr(READ_WRITE, 0x3F, 24);
 const IOC_REGISTER: u64 = ioctl_nr(READ_WRITE, 0x00, 32);
 const IOC_UNREGISTER: u64 = ioctl_nr(READ, 0x01, 16);
 const IOC_WAKE: u64 = ioctl_nr(READ, 0x02, 16);
+const IOC_COPY: u64 = ioctl_nr(READ_WRITE, 0x03, 40);
 const IOC_WRITEPROTECT: u64 = ioctl_nr(READ_WRITE, 0x06, 24);
+const IOC_POISON: u64 = ioctl_nr(READ_WRITE, 0x08, 32);
 
 /// An open userfaultfd. Belongs to the process that opened it; useless in a forked child.
 #[derive(Debug)]
-pub struct Uffd(OwnedFd);
+pub struct Uffd {
+    fd: OwnedFd,
+    /// Faults inside system calls are not delivered: such calls fail with EFAULT.
+    user_mode_only: bool,
+}
+
+/// What became of a copy into missing pages.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Copied {
+    /// All pages were missing and are filled.
+    All,
+    /// This many bytes were copied; the next page exists already.
+    Exists(usize),
+}
 
 impl Uffd {
     /// Open one with these features, by the device, the system call, or the system call for user-mode faults only.
     pub fn open(features: u64) -> Result<Self> {
         let mut failure = Error::os("userfaultfd", libc::ENOSYS);
-        for how in [from_device, from_call, from_user_mode_call] {
-            match how().and_then(|fd| handshake(fd, features)) {
-                Ok(fd) => return Ok(Self(fd)),
+        for (user_mode_only, fd) in [(false, from_device as fn() -> _), (false, from_call), (true, from_user_mode_call)]
+        {
+            match fd().and_then(|fd| handshake(fd, features)) {
+                Ok(fd) => return Ok(Self { fd, user_mode_only }),
                 Err(error) => failure = error,
             }
         }
@@ -50,7 +68,7 @@ impl Uffd {
     fn ioctl<const N: usize>(&self, call: &'static str, nr: u64, words: &mut [u64; N]) -> Result<()> {
         loop {
             // SAFETY: each ioctl number above encodes the size of its argument, which is N words.
-            let rc = unsafe { libc::ioctl(self.0.as_raw_fd(), nr as _, words.as_mut_ptr()) };
+            let rc = unsafe { libc::ioctl(self.fd.as_raw_fd(), nr as _, words.as_mut_ptr()) };
             if rc == 0 {
                 return Ok(());
             }
@@ -73,6 +91,72 @@ impl Uffd {
     /// Let threads that wait in the range try again.
     pub fn wake(&self, addr: usize, len: usize) -> Result<()> {
         self.ioctl("ioctl(UFFDIO_WAKE)", IOC_WAKE, &mut [addr as u64, len as u64])
+    }
+
+    /// In a forked child: close what belongs to the parent's address space, though the value itself must stay.
+    pub fn abandon(&self) {
+        // SAFETY: the value is never used again in this process; whoever leaks it promises that.
+        unsafe { libc::close(self.fd.as_raw_fd()) };
+    }
+
+    #[must_use]
+    pub const fn is_user_mode_only(&self) -> bool {
+        self.user_mode_only
+    }
+
+    /// Fill missing pages with bytes, in one step for anybody who touches them, and wake who waits for them.
+    /// Allocates nothing and takes no lock, so it may be called in a signal handler.
+    ///
+    /// Stops at the first page that exists. ENOENT and ESRCH (the range was unmapped, the process ends) are errors.
+    pub fn copy(&self, addr: usize, bytes: &[u8]) -> Result<Copied> {
+        let mut done = 0;
+        while done < bytes.len() {
+            let len = (bytes.len() - done) as u64;
+            let mut arg = [(addr + done) as u64, bytes[done..].as_ptr() as u64, len, 0, 0];
+            // SAFETY: UFFDIO_COPY takes five words; it reads `len` bytes of the slice and writes to missing pages of a
+            // range registered by its owner, into which no Rust reference exists.
+            let rc = unsafe { libc::ioctl(self.fd.as_raw_fd(), IOC_COPY as _, arg.as_mut_ptr()) };
+            if rc == 0 {
+                return Ok(Copied::All);
+            }
+            let error = Error::last_os("ioctl(UFFDIO_COPY)");
+            let copied = arg[4] as i64;
+            if copied > 0 {
+                done += copied as usize;
+                continue;
+            }
+            match error.errno() {
+                libc::EAGAIN => {}
+                libc::EEXIST => return Ok(Copied::Exists(done)),
+                _ => return Err(error),
+            }
+        }
+        Ok(Copied::All)
+    }
+
+    /// Make touches of missing pages raise SIGBUS, and wake who waits for them. From Linux 6.6 on.
+    pub fn poison(&self, addr: usize, len: usize) -> Result<()> {
+        self.ioctl("ioctl(UFFDIO_POISON)", IOC_POISON, &mut [addr as u64, len as u64, 0, 0])
+    }
+
+    /// Wait for the next touch of a missing page, and return its address.
+    pub fn wait_fault(&self) -> Result<usize> {
+        const EVENT_PAGEFAULT: u8 = 0x12;
+        loop {
+            let mut message = [0u64; 4];
+            // SAFETY: the buffer is one message of 32 bytes long.
+            let n = unsafe { libc::read(self.fd.as_raw_fd(), message.as_mut_ptr().cast(), 32) };
+            match n {
+                32 if message[0].to_ne_bytes()[0] == EVENT_PAGEFAULT => return Ok(message[2] as usize),
+                32 => {} // other events are not asked for
+                _ => {
+                    let error = Error::last_os("read(userfaultfd)");
+                    if error.errno() != libc::EINTR && error.errno() != libc::EAGAIN {
+                        return Err(error);
+                    }
+                }
+            }
+        }
     }
 
     pub fn write_protect(&self, addr: usize, len: usize) -> Result<()> {

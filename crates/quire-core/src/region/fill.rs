@@ -1,0 +1,349 @@
+//! Filling windows: what is filled at a touch, and how.
+
+use std::cell::RefCell;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::time::Instant;
+
+use super::{
+    Claim, Discard, Failure, MAX_WINDOW, Outcome, PAGE_BYTES, Region, RegionError, jobs, lock, pressure, stats,
+};
+use crate::Result;
+use crate::sys::signals;
+
+/// Bytes asked of a source at once where it does not matter: enough to make calls cheap, and small enough for the
+/// second-level cache.
+const CHUNK: usize = 256 << 10;
+/// Readahead fills at most so many bytes, for each fill that the source can have in flight.
+const AHEAD: usize = 4 << 20;
+/// What a source produces in one piece is filled in one piece up to this size.
+const MAX_UNIT: usize = 4 << 20;
+
+impl Region {
+    pub(super) fn chunk_bytes(&self) -> usize {
+        CHUNK.max(self.window)
+    }
+
+    /// Serve a touch of a missing page, in a thread of the pager's.
+    pub(super) fn serve(self: &Arc<Self>, address: usize) {
+        let started = Instant::now();
+        let window = (address - self.address()) / self.window;
+        let Ok(_inside) = self.inside() else { return };
+        match self.windows.claim(window) {
+            // Whoever fills it wakes the toucher.
+            Claim::Busy => {}
+            Claim::Failed => self.poison(window),
+            Claim::Ours => self.demand(window, started),
+        }
+    }
+
+    /// Fill a claimed window because it was touched, and what is worth filling with it.
+    fn demand(self: &Arc<Self>, window: usize, started: Instant) {
+        self.note_touch(window);
+        let parallel = self.source.parallel_fills().max(1);
+        let ahead = self.ahead.observe(window, (AHEAD * parallel / self.window).max(1));
+        let (first, last) = self.around(window);
+        let (first, last) = self.claim_around(window, first, last);
+        let filled = self.fill_claimed(first, last).or_else(|failure| {
+            if last - first == 1 {
+                return Err(failure);
+            }
+            // What is wrong with a neighbour is none of the toucher's business.
+            self.release_or_complain(first, window, Outcome::Unchanged);
+            self.release_or_complain(window + 1, last, Outcome::Unchanged);
+            self.fill_claimed(window, window + 1)
+        });
+        match filled {
+            Ok(()) => self.counters.served(started.elapsed()),
+            Err(RegionError::Page(failure)) => return self.fail(window, failure),
+            Err(RegionError::Core(error)) => {
+                return self
+                    .fail(window, Failure::detailed("no memory", (window * self.window) as u64, &error.to_string()));
+            }
+        }
+        let end = (window + ahead).max(last).min(self.windows.len());
+        self.ahead.reached(end);
+        if parallel > 1 {
+            self.fill_later(last, end);
+        } else {
+            self.fill_ahead(last, end);
+        }
+    }
+
+    pub(super) fn note_touch(&self, window: usize) {
+        if self.order[window].load(Ordering::Relaxed) == 0 {
+            self.order[window].store(self.touched.fetch_add(1, Ordering::Relaxed) + 1, Ordering::Relaxed);
+        }
+    }
+
+    /// The windows that lie wholly in what the source produces together with a window, or that window alone.
+    fn around(&self, window: usize) -> (usize, usize) {
+        let unit = self.source.unit((window * self.window) as u64);
+        let first = (unit.start as usize).div_ceil(self.window);
+        let last = if unit.end == self.size { self.windows.len() } else { unit.end as usize / self.window };
+        if (first..last).contains(&window) && unit.end - unit.start <= MAX_UNIT as u64 {
+            (first, last)
+        } else {
+            (window, window + 1)
+        }
+    }
+
+    /// Claim what can be claimed around a claimed window within bounds, in one piece, skipping what is resident.
+    fn claim_around(&self, window: usize, first: usize, last: usize) -> (usize, usize) {
+        let mut marks = [0; MAX_UNIT / PAGE_BYTES];
+        let missing =
+            |window: usize, marks: &mut [u8]| !self.is_resident(window, marks) && self.windows.try_claim(window);
+        let mut from = window;
+        while from > first && missing(from - 1, &mut marks) {
+            from -= 1;
+        }
+        let mut to = window + 1;
+        while to < last && missing(to, &mut marks) {
+            to += 1;
+        }
+        (from, to)
+    }
+
+    /// Whether all pages of a window are in memory. Callable in a signal handler.
+    pub(super) fn is_resident(&self, window: usize, marks: &mut [u8]) -> bool {
+        if !self.windows.is_open(window) {
+            return false;
+        }
+        let (at, len) = self.span(window, window + 1);
+        (0..len).step_by(marks.len() * PAGE_BYTES).all(|part| {
+            let step = (marks.len() * PAGE_BYTES).min(len - part);
+            let marks = &mut marks[..step / PAGE_BYTES];
+            self.memory.view().residency(at + part, step, marks).is_ok() && marks.iter().all(|mark| mark & 1 != 0)
+        })
+    }
+
+    /// Fill windows that are claimed and release them; on failure they stay claimed.
+    fn fill_claimed(&self, first: usize, last: usize) -> std::result::Result<(), RegionError> {
+        thread_local! {
+            static BUFFER: RefCell<Vec<u8>> = const { RefCell::new(Vec::new()) };
+        }
+        let len = self.span(first, last).1;
+        pressure::make_room(self, len as u64)?;
+        BUFFER.with_borrow_mut(|buffer| {
+            if buffer.len() < len {
+                buffer.resize(len, 0);
+            }
+            let at = self.span(first, last).0;
+            let outcome = self.produce_bytes(at, &mut buffer[..len]).and_then(|()| self.after_produced(first, last));
+            if buffer.len() > 2 * CHUNK {
+                *buffer = Vec::new();
+            }
+            outcome
+        })?;
+        self.release(first, last, Outcome::Filled)?;
+        Ok(())
+    }
+
+    /// Ask the source for whole pages of bytes and install them. Allocates nothing and takes no lock by itself, so it may
+    /// be called in a signal handler if the source allows it.
+    pub(super) fn produce_bytes(&self, at: usize, buffer: &mut [u8]) -> std::result::Result<(), RegionError> {
+        let len = buffer.len();
+        let useful = len.min((self.size - at as u64) as usize);
+        let outcome = self.source.fill(at as u64, &mut buffer[..useful]);
+        if let Err(failure) = outcome {
+            stats::add(&self.counters.failures, 1);
+            return Err(failure.into());
+        }
+        buffer[useful..len].fill(0);
+        self.memory.install(at, buffer)?;
+        stats::add(&self.counters.bytes, useful as u64);
+        Ok(())
+    }
+
+    /// Bytes of windows were installed: let the kernel have them if it may.
+    pub(super) fn after_produced(&self, first: usize, last: usize) -> std::result::Result<(), RegionError> {
+        if self.discard == Discard::Kernel {
+            self.give_to_kernel(first, last)?;
+        }
+        Ok(())
+    }
+
+    fn give_to_kernel(&self, first: usize, last: usize) -> Result<()> {
+        if (first..last).all(|window| !self.windows.is_pinned(window)) {
+            let (at, len) = self.span(first, last);
+            return self.memory.free_lazily(at, len);
+        }
+        for window in (first..last).filter(|window| !self.windows.is_pinned(*window)) {
+            let (at, len) = self.span(window, window + 1);
+            self.memory.free_lazily(at, len)?;
+        }
+        Ok(())
+    }
+
+    /// Give claims back, count what was filled, and wake who waits.
+    pub(super) fn release(&self, first: usize, last: usize, outcome: Outcome) -> Result<()> {
+        for window in first..last {
+            let (at, len) = self.span(window, window + 1);
+            if outcome == Outcome::Filled {
+                stats::add(&self.counters.fills, 1);
+                self.filled_at[window].store(pressure::now(), Ordering::Relaxed);
+                if self.windows.was_filled(window) {
+                    stats::add(&self.counters.refills, 1);
+                }
+                if !self.windows.is_open(window) {
+                    self.held_bytes.fetch_add(len as u64, Ordering::AcqRel);
+                }
+            }
+            if self.windows.release(window, outcome) {
+                self.memory.wake(at, len)?;
+            }
+        }
+        Ok(())
+    }
+
+    fn release_or_complain(&self, first: usize, last: usize, outcome: Outcome) {
+        if let Err(error) = self.release(first, last, outcome) {
+            signals::complain(format!("quire: region {}: {error}\n", self.name).as_bytes());
+        }
+    }
+
+    /// A touched window could not be filled: say so, and let touches of it fail until it is discarded.
+    fn fail(&self, window: usize, failure: Failure) {
+        let (at, len) = self.span(window, window + 1);
+        let text = format!("quire: region {}: bytes {at} to {} cannot be filled: {failure}\n", self.name, at + len);
+        signals::complain(text.as_bytes());
+        lock(&self.failures).insert(window, failure);
+        self.poison(window);
+        self.release_or_complain(window, window + 1, Outcome::Failed);
+    }
+
+    fn poison(&self, window: usize) {
+        let (at, len) = self.span(window, window + 1);
+        if let Err(error) = self.memory.poison(at, len) {
+            signals::complain(format!("quire: region {}: {error}\n", self.name).as_bytes());
+        }
+    }
+
+    /// Fill windows nobody has asked for yet, quietly: a failure ends it, and is met again when a window is touched.
+    fn fill_ahead(&self, mut first: usize, last: usize) {
+        let mut marks = [0; CHUNK / PAGE_BYTES];
+        let most = (CHUNK / self.window).max(1);
+        while first < last {
+            if self.is_resident(first, &mut marks) || !self.windows.try_claim(first) {
+                first += 1;
+                continue;
+            }
+            let mut end = first + 1;
+            while end < last && end - first < most && !self.is_resident(end, &mut marks) && self.windows.try_claim(end)
+            {
+                end += 1;
+            }
+            if self.fill_claimed(first, end).is_err() {
+                return self.release_or_complain(first, end, Outcome::Unchanged);
+            }
+            first = end;
+        }
+    }
+
+    /// The same in other threads, as many as pay off.
+    pub(super) fn fill_later(self: &Arc<Self>, first: usize, last: usize) {
+        let step = (self.chunk_bytes() / self.window).max(1);
+        for start in (first..last).step_by(step) {
+            let region = Arc::clone(self);
+            jobs::submit(Box::new(move || {
+                if let Some(_inside) = region.gate.try_enter() {
+                    region.fill_ahead(start, (start + step).min(last));
+                }
+            }));
+        }
+    }
+
+    /// Fill what is missing of windows, now.
+    pub(super) fn ensure(&self, first: usize, last: usize) -> std::result::Result<(), RegionError> {
+        let step = (self.chunk_bytes() / self.window).max(1);
+        let parallel = self.source.parallel_fills().min((last - first).div_ceil(step));
+        if parallel <= 1 {
+            return self.ensure_part(first, last);
+        }
+        let next = AtomicUsize::new(first);
+        let take_turns = || loop {
+            let start = next.fetch_add(step, Ordering::Relaxed);
+            if start >= last {
+                return Ok(());
+            }
+            self.ensure_part(start, (start + step).min(last))?;
+        };
+        std::thread::scope(|scope| {
+            let threads: Vec<_> = (1..parallel).map(|_| scope.spawn(take_turns)).collect();
+            let own = take_turns();
+            threads.into_iter().fold(own, |outcome, thread| {
+                outcome.and(thread.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic)))
+            })
+        })
+    }
+
+    fn ensure_part(&self, mut first: usize, last: usize) -> std::result::Result<(), RegionError> {
+        let mut marks = [0; MAX_UNIT / PAGE_BYTES];
+        while first < last {
+            if self.is_resident(first, &mut marks) {
+                first += 1;
+                continue;
+            }
+            if self.windows.claim_waiting(first) == Claim::Failed {
+                let stored = lock(&self.failures).get(&first).cloned();
+                // Discarded in between: look again.
+                let Some(failure) = stored else { continue };
+                return Err(failure.into());
+            }
+            if self.is_resident(first, &mut marks) {
+                // Filled by the one we waited for.
+                self.release(first, first + 1, Outcome::Unchanged)?;
+                continue;
+            }
+            let (low, high) = self.around(first);
+            let most = (first + (CHUNK / self.window).max(1)).min(last).max(high);
+            let (from, to) = self.claim_around(first, low, most);
+            if let Err(failure) = self.fill_claimed(from, to) {
+                self.release(from, first, Outcome::Unchanged)?;
+                self.release(first + 1, to, Outcome::Unchanged)?;
+                let outcome = if to - from == 1 { Err(failure) } else { self.fill_claimed(first, first + 1) };
+                if let Err(failure) = outcome {
+                    self.release(first, first + 1, Outcome::Unchanged)?;
+                    return Err(failure);
+                }
+            }
+            first = to.max(first + 1);
+        }
+        Ok(())
+    }
+
+    /// Fill a window again with new pages.
+    pub(super) fn refill(&self, window: usize) -> std::result::Result<(), RegionError> {
+        if self.windows.claim_waiting(window) != Claim::Ours {
+            return Ok(());
+        }
+        let (at, len) = self.span(window, window + 1);
+        let outcome = match self.memory.take(at, len) {
+            Ok(()) => self.fill_claimed(window, window + 1),
+            Err(error) => Err(error.into()),
+        };
+        if outcome.is_err() {
+            self.release(window, window + 1, Outcome::Unchanged)?;
+        }
+        outcome
+    }
+
+    /// Fill a window that a signal handler asked for. False if it cannot be had.
+    pub(super) fn fill_for_handler(self: &Arc<Self>, window: usize) -> bool {
+        let started = Instant::now();
+        let Ok(_inside) = self.inside() else { return false };
+        match self.windows.claim_waiting(window) {
+            Claim::Ours if self.is_filled_for_handler(window) => {
+                self.release_or_complain(window, window + 1, Outcome::Unchanged);
+                true
+            }
+            Claim::Ours => {
+                self.demand(window, started);
+                !self.windows.has_failed(window)
+            }
+            Claim::Busy | Claim::Failed => false,
+        }
+    }
+}
+
+const _: () = assert!(MAX_WINDOW as usize >= MAX_UNIT);

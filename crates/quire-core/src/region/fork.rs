@@ -1,0 +1,57 @@
+//! Regions and fork: nothing is being filled while the process forks, and the child has its own missing pages at the same
+//! addresses before anything else runs there.
+
+use std::sync::{Mutex, MutexGuard, Once};
+
+use super::{handler, jobs, lock, pager, pressure, registry};
+use crate::Result;
+use crate::sys::{fork, signals};
+
+/// Held while a region is closed and while the process forks, so that none is half closed in the child.
+static CLOSING: Mutex<()> = Mutex::new(());
+
+pub fn closing() -> MutexGuard<'static, ()> {
+    lock(&CLOSING)
+}
+
+/// Be told of forks from now on.
+pub fn enlist() -> Result<()> {
+    static ONCE: Once = Once::new();
+    fork::at_fork(&ONCE, prepare, in_parent, in_child)
+}
+
+extern "C" fn prepare() {
+    fork::keep_guard(Box::new(closing()));
+    for region in registry::all() {
+        region.gate.shut();
+    }
+    fork::keep_guard(Box::new(registry::lock()));
+}
+
+extern "C" fn in_parent() {
+    fork::release_guards();
+    for region in registry::all() {
+        region.gate.open();
+    }
+}
+
+extern "C" fn in_child() {
+    fork::release_guards();
+    pager::enter_child();
+    jobs::enter_child();
+    handler::enter_child();
+    pressure::enter_child();
+    for region in registry::all() {
+        region.windows.enter_child();
+        region.source.enter_child();
+        lock(&region.pins).clear();
+        lock(&region.failures).clear();
+        // Unmapped memory, should it come to that, cannot be mistaken for zeros.
+        let outcome = region.memory.enter_child().and_then(|()| pager::serve_for(&region));
+        if let Err(error) = outcome {
+            let text = format!("quire: region {}: lost in the forked child: {error}\n", region.name);
+            signals::complain(text.as_bytes());
+        }
+        region.gate.enter_child();
+    }
+}

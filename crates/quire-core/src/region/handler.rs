@@ -1,0 +1,256 @@
+//! Serving a touch in the signal handler of the thread that made it.
+//!
+//! Nothing is allocated here and no lock is taken. Sources that need either are asked by another thread, for which the
+//! handler leaves a note in a fixed table and waits.
+
+use std::fmt::{self, Write};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU32, AtomicUsize, Ordering};
+use std::time::Instant;
+
+use super::{Backend, Claim, Failure, Outcome, Region, RegionError, jobs, registry};
+use crate::Result;
+use crate::sys::area::{Access, Area};
+use crate::sys::fork::PerProcess;
+use crate::sys::{futex, signals};
+
+/// Have touches of a region served in signal handlers from now on.
+pub fn serve_for(region: &Arc<Region>) -> Result<()> {
+    let signal = if region.backend() == Backend::Signal { &signals::BUS } else { &signals::SEGV };
+    signal.claim(on_fault)?;
+    BUFFERS.get_or_make(Buffers::new)?;
+    if !region.source.is_signal_safe() && THREAD.get().is_none() {
+        let thread = std::thread::Builder::new().name("quire-notes".to_owned()).spawn(read_notes);
+        let failed = |error: std::io::Error| crate::Error::os("pthread_create", error.raw_os_error().unwrap_or(0));
+        thread.map_err(failed)?;
+        THREAD.get_or_make(|| Ok(()))?;
+    }
+    Ok(())
+}
+
+fn on_fault(address: usize) -> bool {
+    registry::find_in_handler(address).is_some_and(|region| region.touched_in_handler(address))
+}
+
+impl Region {
+    fn touched_in_handler(&self, address: usize) -> bool {
+        let started = Instant::now();
+        let window = (address - self.address()) / self.window;
+        if window >= self.windows.len() {
+            return false;
+        }
+        if !self.source.is_signal_safe() {
+            return leave_note(self.address(), window) && signals::repeats_are_few(address);
+        }
+        match self.windows.claim_waiting(window) {
+            Claim::Ours => {}
+            Claim::Busy => return true,
+            Claim::Failed => {
+                self.complain(window, None);
+                return false;
+            }
+        }
+        let outcome = if self.is_filled_for_handler(window) {
+            self.release(window, window + 1, Outcome::Unchanged)
+        } else {
+            self.note_touch(window);
+            let ahead = self.ahead.observe(window, (AHEAD / self.window).max(1));
+            let outcome = self.produce_in_pieces(window);
+            if let Err(error) = outcome {
+                let failure = if let RegionError::Page(failure) = &error { Some(failure) } else { None };
+                self.complain(window, failure);
+                // Not marked as failed: there is no page to poison, and the next touch may try again.
+                let released = self.release(window, window + 1, Outcome::Unchanged);
+                debug_assert!(released.is_ok(), "{released:?}");
+                return false;
+            }
+            let released = self.release(window, window + 1, Outcome::Filled);
+            self.counters.served(started.elapsed());
+            self.run_ahead(window + 1, (window + ahead).min(self.windows.len()));
+            released
+        };
+        outcome.is_ok() && signals::repeats_are_few(address)
+    }
+
+    /// Whether a claimed window needs no filling, because another thread has done it in between.
+    pub(super) fn is_filled_for_handler(&self, window: usize) -> bool {
+        match self.backend() {
+            Backend::Sigsegv => self.windows.is_open(window),
+            _ => self.is_resident(window, &mut [0; 64]),
+        }
+    }
+
+    /// Fill a claimed window with a buffer that was made beforehand.
+    fn produce_in_pieces(&self, window: usize) -> std::result::Result<(), RegionError> {
+        let Some(buffers) = BUFFERS.get() else {
+            return Err(Failure::new("the pager is not there", 0).into());
+        };
+        buffers.with(|buffer| {
+            let (at, len) = self.span(window, window + 1);
+            for part in (0..len).step_by(buffer.len()) {
+                self.produce_bytes(at + part, &mut buffer[..(len - part).min(BUFFER)])?;
+            }
+            self.after_produced(window, window + 1)
+        })
+    }
+
+    fn run_ahead(&self, first: usize, last: usize) {
+        for window in first..last {
+            if self.is_filled_for_handler(window) || !self.windows.try_claim(window) {
+                continue;
+            }
+            let outcome = match self.produce_in_pieces(window) {
+                Ok(()) => Outcome::Filled,
+                Err(_) => Outcome::Unchanged, // met again when it is touched
+            };
+            if self.release(window, window + 1, outcome).is_err() || outcome == Outcome::Unchanged {
+                return;
+            }
+        }
+    }
+
+    fn complain(&self, window: usize, failure: Option<&Failure>) {
+        let (at, len) = self.span(window, window + 1);
+        let mut line = Line { text: [0; 512], len: 0 };
+        // A line that is too long is cut.
+        let _cut = match failure {
+            Some(failure) => writeln!(
+                line,
+                "quire: region {}: bytes {at} to {} cannot be filled: {} at byte {} (errno {})",
+                self.name,
+                at + len,
+                failure.cause,
+                failure.offset,
+                failure.errno
+            ),
+            None => writeln!(line, "quire: region {}: bytes {at} to {} could not be filled", self.name, at + len),
+        };
+        signals::complain(&line.text[..line.len]);
+    }
+}
+
+/// Readahead in a handler is done before the toucher goes on, so it is shorter.
+const AHEAD: usize = 1 << 20;
+
+/// Text of bounded length.
+struct Line {
+    text: [u8; 512],
+    len: usize,
+}
+
+impl Write for Line {
+    fn write_str(&mut self, text: &str) -> fmt::Result {
+        let take = text.len().min(self.text.len() - self.len);
+        self.text[self.len..self.len + take].copy_from_slice(&text.as_bytes()[..take]);
+        self.len += take;
+        if take == text.len() { Ok(()) } else { Err(fmt::Error) }
+    }
+}
+
+/// Buffers for handlers, as many as threads that fill at once.
+struct Buffers {
+    memory: Area,
+    taken: [AtomicBool; COUNT],
+}
+
+const COUNT: usize = 32;
+const BUFFER: usize = 256 << 10;
+
+static BUFFERS: PerProcess<Buffers> = PerProcess::new();
+
+impl Buffers {
+    fn new() -> Result<Self> {
+        let memory = Area::reserve(COUNT * BUFFER)?;
+        memory.map_zero(0, COUNT * BUFFER, Access::ReadWrite)?;
+        Ok(Self { memory, taken: [const { AtomicBool::new(false) }; COUNT] })
+    }
+
+    fn with<T>(&self, work: impl FnOnce(&mut [u8]) -> T) -> T {
+        loop {
+            for (place, taken) in self.taken.iter().enumerate() {
+                if !taken.swap(true, Ordering::AcqRel) {
+                    let outcome = self.memory.with_bytes(place * BUFFER, BUFFER, work);
+                    taken.store(false, Ordering::Release);
+                    return outcome;
+                }
+            }
+            signals::pause(20_000);
+        }
+    }
+}
+
+/// What a handler asks another thread to fill.
+struct Note {
+    state: AtomicU32,
+    region: AtomicUsize,
+    window: AtomicUsize,
+}
+
+const FREE: u32 = 0;
+const WRITING: u32 = 1;
+const ASKED: u32 = 2;
+const TAKEN: u32 = 3;
+const SERVED: u32 = 4;
+const FAILED: u32 = 5;
+
+static NOTES: [Note; 256] =
+    [const { Note { state: AtomicU32::new(FREE), region: AtomicUsize::new(0), window: AtomicUsize::new(0) } }; 256];
+/// Counts notes, for the thread that reads them.
+static CALLS: AtomicU32 = AtomicU32::new(0);
+static THREAD: PerProcess<()> = PerProcess::new();
+
+/// In a handler: have another thread fill a window, and wait for it. False if it cannot be had.
+fn leave_note(region: usize, window: usize) -> bool {
+    let note = loop {
+        let free =
+            |note: &&Note| note.state.compare_exchange(FREE, WRITING, Ordering::AcqRel, Ordering::Relaxed).is_ok();
+        match NOTES.iter().find(free) {
+            Some(note) => break note,
+            None => signals::pause(100_000),
+        }
+    };
+    note.region.store(region, Ordering::Release);
+    note.window.store(window, Ordering::Release);
+    note.state.store(ASKED, Ordering::Release);
+    CALLS.fetch_add(1, Ordering::AcqRel);
+    futex::wake_all(&CALLS);
+    loop {
+        match note.state.load(Ordering::Acquire) {
+            end @ (SERVED | FAILED) => {
+                note.state.store(FREE, Ordering::Release);
+                return end == SERVED;
+            }
+            seen => futex::wait(&note.state, seen),
+        }
+    }
+}
+
+fn read_notes() {
+    loop {
+        let seen = CALLS.load(Ordering::Acquire);
+        for note in &NOTES {
+            if note.state.compare_exchange(ASKED, TAKEN, Ordering::AcqRel, Ordering::Relaxed).is_err() {
+                continue;
+            }
+            jobs::submit(Box::new(move || {
+                let region = registry::find(note.region.load(Ordering::Acquire));
+                let window = note.window.load(Ordering::Acquire);
+                let served = region.is_some_and(|region| region.fill_for_handler(window));
+                note.state.store(if served { SERVED } else { FAILED }, Ordering::Release);
+                futex::wake_all(&note.state);
+            }));
+        }
+        futex::wait_long(&CALLS, seen);
+    }
+}
+
+/// In a forked child: no handler runs, and no thread reads notes.
+pub fn enter_child() {
+    for note in &NOTES {
+        note.state.store(FREE, Ordering::Relaxed);
+    }
+    THREAD.forget();
+    if let Some(buffers) = BUFFERS.get() {
+        buffers.taken.iter().for_each(|taken| taken.store(false, Ordering::Relaxed));
+    }
+}

@@ -1,0 +1,83 @@
+//! Which region an address belongs to: once behind a lock, for threads, and once without, for signal handlers.
+#![allow(unsafe_code)]
+
+use std::collections::BTreeMap;
+use std::sync::atomic::{AtomicPtr, AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
+
+use super::{Backend, Region};
+use crate::{Error, Result};
+
+static REGIONS: Mutex<BTreeMap<usize, Weak<Region>>> = Mutex::new(BTreeMap::new());
+
+/// A region whose touches are served in a signal handler.
+struct Entry {
+    start: AtomicUsize,
+    end: AtomicUsize,
+    region: AtomicPtr<Region>,
+}
+
+const PLACES: usize = 4096;
+static TABLE: [Entry; PLACES] = [const {
+    Entry { start: AtomicUsize::new(0), end: AtomicUsize::new(0), region: AtomicPtr::new(std::ptr::null_mut()) }
+}; PLACES];
+/// Places from here on have never been used.
+static USED: AtomicUsize = AtomicUsize::new(0);
+
+pub fn lock() -> MutexGuard<'static, BTreeMap<usize, Weak<Region>>> {
+    REGIONS.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+pub fn add(region: &Arc<Region>) -> Result<()> {
+    let mut regions = lock();
+    let (start, end) = (region.address(), region.address() + region.memory.view().len());
+    if matches!(region.backend(), Backend::Signal | Backend::Sigsegv) {
+        let Some(place) = TABLE.iter().position(|entry| entry.end.load(Ordering::Acquire) == 0) else {
+            return Err(Error::Unsupported(format!("more than {PLACES} regions are served by signal handlers")));
+        };
+        let entry = &TABLE[place];
+        entry.start.store(start, Ordering::Release);
+        entry.region.store(Arc::as_ptr(region).cast_mut(), Ordering::Release);
+        entry.end.store(end, Ordering::Release);
+        USED.fetch_max(place + 1, Ordering::AcqRel);
+    }
+    regions.insert(start, Arc::downgrade(region));
+    Ok(())
+}
+
+pub fn remove(start: usize) {
+    let mut regions = lock();
+    regions.remove(&start);
+    for entry in &TABLE[..USED.load(Ordering::Acquire)] {
+        if entry.start.load(Ordering::Acquire) == start && entry.end.load(Ordering::Acquire) != 0 {
+            entry.end.store(0, Ordering::Release);
+            entry.start.store(0, Ordering::Release);
+            entry.region.store(std::ptr::null_mut(), Ordering::Release);
+        }
+    }
+}
+
+pub fn find(address: usize) -> Option<Arc<Region>> {
+    let regions = lock();
+    let region = regions.range(..=address).next_back()?.1.upgrade()?;
+    (address < region.address() + region.memory.view().len()).then_some(region)
+}
+
+pub fn all() -> Vec<Arc<Region>> {
+    lock().values().filter_map(Weak::upgrade).collect()
+}
+
+/// Find the region of an address in a signal handler. Takes no lock.
+pub fn find_in_handler(address: usize) -> Option<&'static Region> {
+    for entry in &TABLE[..USED.load(Ordering::Acquire)] {
+        let inside = (entry.start.load(Ordering::Acquire)..entry.end.load(Ordering::Acquire)).contains(&address);
+        let region = entry.region.load(Ordering::Acquire);
+        if inside && !region.is_null() {
+            // SAFETY: a region stands in the table until it is closed, which is done by its owner and only when no views
+            // of it are left; whoever touches its memory later has a dangling pointer of their own making. The reference
+            // is used for the time of the handler only.
+            return Some(unsafe { &*region });
+        }
+    }
+    None
+}

@@ -1,0 +1,145 @@
+//! SIGSEGV and SIGBUS: one handler for each, which asks those who may know the address, and else passes the fault on to
+//! the handler that was there before.
+#![allow(unsafe_code)]
+
+use std::mem::MaybeUninit;
+use std::sync::atomic::{AtomicPtr, AtomicUsize, Ordering};
+use std::sync::{Mutex, PoisonError};
+
+use crate::{Error, Result};
+
+/// Looks at the address of a fault. True: the cause is gone, repeat the access. Runs in a signal handler: it may not
+/// allocate, nor take a lock that interrupted code may hold.
+pub type Claim = fn(address: usize) -> bool;
+
+/// A signal with its claimants and the action that was installed before ours.
+pub struct Signal {
+    number: i32,
+    claims: [AtomicUsize; 4],
+    /// Leaked when replaced, because a handler may be reading it.
+    previous: AtomicPtr<libc::sigaction>,
+}
+
+impl Signal {
+    const fn new(number: i32) -> Self {
+        Self { number, claims: [const { AtomicUsize::new(0) }; 4], previous: AtomicPtr::new(std::ptr::null_mut()) }
+    }
+
+    /// Have `claim` asked about faults, and install our handler unless it is the current one.
+    pub fn claim(&self, claim: Claim) -> Result<()> {
+        static INSTALLING: Mutex<()> = Mutex::new(());
+        let _one = INSTALLING.lock().unwrap_or_else(PoisonError::into_inner);
+        let known = self.claims.iter().any(|place| place.load(Ordering::Acquire) == claim as usize);
+        if !known {
+            let free = self.claims.iter().find(|place| place.load(Ordering::Acquire) == 0);
+            free.expect("a place for every claimant of this crate").store(claim as usize, Ordering::Release);
+        }
+        self.install()
+    }
+
+    fn install(&self) -> Result<()> {
+        let mut old = MaybeUninit::<libc::sigaction>::zeroed();
+        // SAFETY: asking for the current action only writes `old`.
+        if unsafe { libc::sigaction(self.number, std::ptr::null(), old.as_mut_ptr()) } != 0 {
+            return Err(Error::last_os("sigaction"));
+        }
+        // SAFETY: zeroed, then filled by the call above; the struct is plain data.
+        let old = unsafe { old.assume_init() };
+        let ours: extern "C" fn(i32, *mut libc::siginfo_t, *mut libc::c_void) = on_fault;
+        if old.sa_sigaction == ours as usize {
+            return Ok(());
+        }
+        self.previous.store(Box::into_raw(Box::new(old)), Ordering::Release);
+        // SAFETY: an all-zero sigaction is valid; the fields that matter are set below.
+        let mut new: libc::sigaction = unsafe { std::mem::zeroed() };
+        new.sa_sigaction = ours as usize;
+        new.sa_flags = libc::SA_SIGINFO | libc::SA_ONSTACK | libc::SA_NODEFER;
+        // SAFETY: the handler is async-signal-safe: what claimants do, and what the previous handler does.
+        if unsafe { libc::sigaction(self.number, &raw const new, std::ptr::null_mut()) } != 0 {
+            return Err(Error::last_os("sigaction"));
+        }
+        Ok(())
+    }
+
+    fn is_claimed(&self, address: usize) -> bool {
+        self.claims.iter().any(|place| {
+            let claim = place.load(Ordering::Acquire);
+            // SAFETY: only `Claim` functions are stored, which live as long as the process.
+            claim != 0 && unsafe { std::mem::transmute::<usize, Claim>(claim) }(address)
+        })
+    }
+
+    fn pass_on(&self, info: *mut libc::siginfo_t, context: *mut libc::c_void) {
+        let previous = self.previous.load(Ordering::Acquire);
+        // SAFETY: either null or a leaked box that is never freed.
+        let action = if previous.is_null() { None } else { Some(unsafe { &*previous }) };
+        match action {
+            Some(action) if action.sa_sigaction != libc::SIG_DFL && action.sa_sigaction != libc::SIG_IGN => {
+                if action.sa_flags & libc::SA_SIGINFO != 0 {
+                    // SAFETY: the action was installed with SA_SIGINFO, so its handler has this type.
+                    let handler: extern "C" fn(i32, *mut libc::siginfo_t, *mut libc::c_void) =
+                        unsafe { std::mem::transmute(action.sa_sigaction) };
+                    handler(self.number, info, context);
+                } else {
+                    // SAFETY: the action was installed without SA_SIGINFO, so its handler has this type.
+                    let handler: extern "C" fn(i32) = unsafe { std::mem::transmute(action.sa_sigaction) };
+                    handler(self.number);
+                }
+            }
+            _ => {
+                // SAFETY: restoring the default action; returning then repeats the fault, which ends the process.
+                unsafe { libc::signal(self.number, libc::SIG_DFL) };
+            }
+        }
+    }
+}
+
+pub static SEGV: Signal = Signal::new(libc::SIGSEGV);
+pub static BUS: Signal = Signal::new(libc::SIGBUS);
+
+extern "C" fn on_fault(number: i32, info: *mut libc::siginfo_t, context: *mut libc::c_void) {
+    let signal = if number == libc::SIGBUS { &BUS } else { &SEGV };
+    // SAFETY: the kernel passes a valid siginfo to an SA_SIGINFO handler of a fault; a code above zero says that the
+    // kernel sent it because of an access, and not somebody with kill, in which case there is no address.
+    let address = unsafe { if (*info).si_code > 0 { (*info).si_addr() as usize } else { 0 } };
+    let errno = errno();
+    let repeat = address != 0 && signal.is_claimed(address);
+    set_errno(errno);
+    if !repeat {
+        signal.pass_on(info, context);
+    }
+}
+
+fn errno() -> i32 {
+    std::io::Error::last_os_error().raw_os_error().unwrap_or(0)
+}
+
+fn set_errno(value: i32) {
+    // SAFETY: the location is this thread's errno.
+    unsafe { *libc::__errno_location() = value };
+}
+
+/// False once the same address faults again and again: then the fault is real, for example a store to memory that is
+/// only readable.
+pub fn repeats_are_few(address: usize) -> bool {
+    const MANY: usize = 1000;
+    static LAST: AtomicUsize = AtomicUsize::new(0);
+    static TIMES: AtomicUsize = AtomicUsize::new(0);
+    if LAST.swap(address, Ordering::AcqRel) != address {
+        TIMES.store(0, Ordering::Release);
+    }
+    TIMES.fetch_add(1, Ordering::AcqRel) < MANY
+}
+
+/// Sleep for a moment; callable in a signal handler.
+pub fn pause(nanoseconds: i64) {
+    let pause = libc::timespec { tv_sec: 0, tv_nsec: nanoseconds };
+    // SAFETY: async-signal-safe; `pause` outlives the call.
+    unsafe { libc::nanosleep(&raw const pause, std::ptr::null_mut()) };
+}
+
+/// Write to standard error as far as it goes; callable in a signal handler.
+pub fn complain(text: &[u8]) {
+    // SAFETY: async-signal-safe; the slice is valid. Nothing can be done if nobody can be told.
+    unsafe { libc::write(libc::STDERR_FILENO, text.as_ptr().cast(), text.len()) };
+}
