@@ -203,6 +203,14 @@ def test_misuse(pair: tuple[socket.socket, socket.socket]) -> None:
         Mirror()
 
 
+@pytest.mark.parametrize("timeout", [1e10, 1e300, float("inf")])
+def test_timeouts_of_any_length(pair: tuple[socket.socket, socket.socket], timeout: float) -> None:
+    with quire.Segment(100) as segment, segment.snapshot() as snapshot:
+        quire.send(pair[0], snapshot, timeout=timeout)
+    with quire.recv(pair[1], timeout=timeout) as snapshot:
+        assert snapshot.size == 100
+
+
 def test_sending_to_a_peer_that_is_gone(pair: tuple[socket.socket, socket.socket]) -> None:
     (snapshot,) = versions(1)
     pair[1].close()

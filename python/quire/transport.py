@@ -53,6 +53,9 @@ _ANCILLARY_BYTES = (
 
 _DISCARD_PATIENCE = 0.5
 
+# poll() takes no more than 2**31 - 1; a timeout may be longer, or infinite.
+_LONGEST_POLL_MS = 1e9
+
 _HINTS = {
     errno.ETOOMANYREFS: "too many descriptors of this user are on their way through sockets: "
     "let the peers read what was sent, or raise RLIMIT_NOFILE (ulimit -n)",
@@ -152,7 +155,12 @@ class _Deadline:
         poller.register(_number(sock), event)
         if self._end is None:
             return bool(poller.poll())
-        return bool(poller.poll(max(0, math.ceil((self._end - time.monotonic()) * 1000))))
+        while True:
+            left_ms = max(0.0, (self._end - time.monotonic()) * 1000)
+            if poller.poll(math.ceil(min(left_ms, _LONGEST_POLL_MS))):
+                return True
+            if left_ms <= _LONGEST_POLL_MS:
+                return False
 
     def stalled(self, what: str, done: int) -> NoReturn:
         """Raise Stalled."""
