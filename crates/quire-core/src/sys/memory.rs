@@ -33,24 +33,39 @@ fn cgroup_headroom() -> Option<u64> {
         let mut parts = line.splitn(3, ':');
         let (Some(_), Some(controllers), Some(path)) = (parts.next(), parts.next(), parts.next()) else { continue };
         if controllers.split(',').any(|c| c == "memory") {
-            rooms.extend(headroom(
-                &format!("/sys/fs/cgroup/memory{path}"),
-                "memory.limit_in_bytes",
-                "memory.usage_in_bytes",
-                "total_inactive_file",
-            ));
+            let names = ["memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"];
+            rooms.extend(lineage(path).filter_map(|dir| headroom(&format!("/sys/fs/cgroup/memory{dir}"), names)));
         } else if controllers.is_empty() {
-            rooms.extend(headroom(&format!("/sys/fs/cgroup{path}"), "memory.max", "memory.current", "inactive_file"));
+            let names = ["memory.max", "memory.current", "inactive_file"];
+            rooms.extend(lineage(path).filter_map(|dir| headroom(&format!("/sys/fs/cgroup{dir}"), names)));
         }
     }
     rooms.into_iter().min()
 }
 
-fn headroom(dir: &str, limit: &str, usage: &str, reclaimable: &str) -> Option<u64> {
+/// A group and its ancestors up to the root, whose path is empty: each of them limits. In a container the path may be
+/// one of the host, not to be seen here; then only what is mounted as the root is found.
+fn lineage(path: &str) -> impl Iterator<Item = &str> {
+    let lowest = path.trim_end_matches('/');
+    std::iter::successors(Some(lowest), |dir| dir.rfind('/').map(|at| &dir[..at]))
+}
+
+fn headroom(dir: &str, [limit, usage, reclaimable]: [&str; 3]) -> Option<u64> {
     let number = |name: &str| fs::read_to_string(format!("{dir}/{name}")).ok()?.trim().parse::<u64>().ok();
     let limit = number(limit)?;
     let stat = fs::read_to_string(format!("{dir}/memory.stat")).unwrap_or_default();
     let free_at_once =
         stat.lines().find_map(|line| line.strip_prefix(reclaimable)?.trim().parse::<u64>().ok()).unwrap_or(0);
     Some(limit.saturating_sub(number(usage)?.saturating_sub(free_at_once)))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_ancestor_counts() {
+        assert_eq!(lineage("/a/b").collect::<Vec<_>>(), ["/a/b", "/a", ""]);
+        assert_eq!(lineage("/").collect::<Vec<_>>(), [""]);
+    }
 }
