@@ -5,12 +5,17 @@ use std::sync::OnceLock;
 
 use crate::Result;
 use crate::pages::{PAGE, PageRange, PageSet};
+use crate::publish::ensure_memory;
 use crate::snapshot::Snapshot;
 use crate::sys::area::{Access, Area, Sharing};
 use crate::table::walk::{Extent, Source};
 
 /// A base mapping runs on across an interruption of at most this many pages.
 const BRIDGE_PAGES: u64 = 1024;
+/// Where VMAs are short, it runs on across zeros of at most this many pages: they may have to be copied in.
+const BRIDGE_ZEROS: u64 = 2;
+/// Changes of at least so many pages may take a mapping to twice its budget: copying them would take too much memory.
+const LONG_PAGES: u64 = 64;
 
 /// VMAs that one mapping may use: a quarter of the process's limit, as it was when first asked for.
 #[must_use]
@@ -37,10 +42,15 @@ struct Plan {
 
 impl Plan {
     fn new(extents: &[Extent], budget: usize) -> Self {
-        let bases = choose_bases(extents);
-        let mut overlays: Vec<Extent> = extents.iter().filter(|extent| !is_in_base(&bases, extent)).copied().collect();
+        let short = extents.len() > budget;
+        let bases = choose_bases(extents, if short { BRIDGE_ZEROS } else { BRIDGE_PAGES });
+        // Zeros that no base covers are there already.
+        let needed = |extent: &Extent| {
+            if extent.source == Source::Zero { touches(&bases, extent) } else { !is_in_base(&bases, extent) }
+        };
+        let mut overlays: Vec<Extent> = extents.iter().filter(|extent| needed(extent)).copied().collect();
         let mut copies = Vec::new();
-        if extents.len() > budget {
+        if short {
             // Each overlay copied instead of mapped saves two VMAs: its own, and the split of the base.
             let excess = (extents.len() - budget).div_ceil(2).min(overlays.len());
             overlays.sort_by_key(|extent| (extent.pages.len, extent.pages.start));
@@ -52,8 +62,9 @@ impl Plan {
     }
 }
 
-/// Spans of one layer with one displacement that hold several extents: disjoint, ascending.
-fn choose_bases(extents: &[Extent]) -> Vec<Extent> {
+/// Spans of one layer with one displacement that hold several extents, across at most so many zeros: disjoint,
+/// ascending.
+fn choose_bases(extents: &[Extent], zeros: u64) -> Vec<Extent> {
     struct Span {
         extent: Extent,
         own: u64,
@@ -62,7 +73,12 @@ fn choose_bases(extents: &[Extent]) -> Vec<Extent> {
     let mut open: HashMap<(u8, u64), usize> = HashMap::new();
     let mut spans: Vec<Span> = Vec::new();
     for &extent in extents {
-        let Source::Layer { layer, index } = extent.source else { continue };
+        let Source::Layer { layer, index } = extent.source else {
+            if extent.pages.len > zeros {
+                open.clear();
+            }
+            continue;
+        };
         let key = (layer, extent.pages.start.wrapping_sub(index));
         if let Some(&at) = open.get(&key) {
             let span = &mut spans[at];
@@ -99,6 +115,11 @@ fn is_in_base(bases: &[Extent], extent: &Extent) -> bool {
         extent.pages.end() <= base.pages.end()
             && base.source.skip(extent.pages.start - base.pages.start) == extent.source
     }
+}
+
+fn touches(bases: &[Extent], extent: &Extent) -> bool {
+    let at = bases.partition_point(|base| base.pages.start < extent.pages.end());
+    at > 0 && bases[at - 1].pages.end() > extent.pages.start
 }
 
 /// What lies where in a mapped area, so that it can be changed piecemeal within the budget.
@@ -152,6 +173,8 @@ impl Layout {
         for extent in plan.bases.iter().chain(&plan.overlays) {
             layout.map(area, snapshot, extent.pages, extent.source, working)?;
         }
+        // A peer can describe more than it has: what no memory is left for must not end in an out-of-memory kill.
+        ensure_memory(plan.copies.iter().map(|extent| extent.pages.len).sum(), "map()")?;
         for extent in &plan.copies {
             layout.copy(area, snapshot, extent.pages, extent.source)?;
         }
@@ -173,13 +196,14 @@ impl Layout {
                     area.drop_private(pages.byte_offset(), pages.byte_len())?;
                     self.copied.remove(pages);
                 }
-            } else if self.vmas.len() + 2 <= self.budget {
+            } else if self.has_room_for(pages) {
                 self.map(area, snapshot, pages, source, Access::Read)?;
             } else {
                 late.push(Extent { pages, source });
             }
         }
         if !late.is_empty() {
+            ensure_memory(late.iter().map(|extent| extent.pages.len).sum(), "advance()")?;
             let whole = snapshot.pages() * PAGE;
             area.protect(0, whole as usize, Access::ReadWrite)?;
             let copied = late.iter().try_for_each(|extent| self.copy(area, snapshot, extent.pages, extent.source));
@@ -207,6 +231,12 @@ impl Layout {
             }
         }
         Ok(())
+    }
+
+    /// Whether a change may be mapped: within the budget, or if it takes the place of as many VMAs as it makes.
+    fn has_room_for(&self, pages: PageRange) -> bool {
+        let budget = if pages.len >= LONG_PAGES { 2 * self.budget } else { self.budget };
+        self.vmas.len() + 2 <= budget || self.vmas.range(pages.start..pages.end()).nth(2).is_some()
     }
 
     #[must_use]
@@ -329,6 +359,17 @@ mod tests {
         let plan = Plan::new(&extents, 100);
         assert_eq!(plan.bases.len(), 1);
         assert_eq!(plan.overlays.len(), 2);
+    }
+
+    #[test]
+    fn where_vmas_are_short_long_zeros_are_not_copied_in() {
+        let zero = |start, len| Extent { pages: PageRange::new(start, len), source: Source::Zero };
+        let extents = [extent(0, 1, 1, 0), zero(1, 99), extent(100, 1, 1, 100), zero(101, 99), extent(200, 1, 1, 200)];
+        let roomy = Plan::new(&extents, 100);
+        assert_eq!((roomy.bases.len(), roomy.overlays.len()), (1, 2));
+        let tight = Plan::new(&extents, 3);
+        assert!(tight.bases.is_empty());
+        assert_eq!((tight.overlays.len(), &tight.copies[..]), (2, &[extent(0, 1, 1, 0)][..]));
     }
 
     #[test]
