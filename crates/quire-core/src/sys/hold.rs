@@ -6,7 +6,7 @@
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use crate::pages::PageRange;
+use crate::pages::{PageRange, push_merged};
 use crate::sys::area::{Access, Area};
 use crate::sys::signals;
 use crate::sys::tracking::Tracking;
@@ -68,14 +68,19 @@ impl<'a> Hold<'a> {
     /// Hold the writers of ranges. Registration with the tracker is lost: register what is there after the drop.
     pub fn new(area: &'a Area, parts: &[(PageRange, What)], tracking: &Tracking) -> Result<Self> {
         let mut hold = Self { area, parts: Vec::with_capacity(parts.len()) };
-        for &(range, what) in parts {
-            let addr = area.addr() + range.byte_offset();
-            let Some(marks) = tracking.uffd() else {
-                remember(area);
+        let Some(marks) = tracking.uffd() else {
+            remember(area);
+            let mut ranges = Vec::new();
+            parts.iter().for_each(|&(range, _)| push_merged(&mut ranges, range));
+            for range in ranges {
+                let addr = area.addr() + range.byte_offset();
                 hold.parts.push((range, How::Signal(announce(addr, addr + range.byte_len())?)));
                 area.protect(range.byte_offset(), range.byte_len(), Access::Read)?;
-                continue;
-            };
+            }
+            return Ok(hold);
+        };
+        for &(range, what) in parts {
+            let addr = area.addr() + range.byte_offset();
             let uffd = synchronous(what)?;
             marks.unregister(addr, range.byte_len())?;
             let mode = match what {

@@ -87,8 +87,14 @@ impl Signal {
                 }
             }
             _ => {
-                // SAFETY: restoring the default action; returning then repeats the fault, which ends the process.
-                unsafe { libc::signal(self.number, libc::SIG_DFL) };
+                // SAFETY: restoring the default action; returning then repeats the fault, which ends the process. One that
+                // was sent (kill, raise) is no fault and would not come again, so it is sent again.
+                unsafe {
+                    libc::signal(self.number, libc::SIG_DFL);
+                    if (*info).si_code <= 0 {
+                        libc::raise(self.number);
+                    }
+                }
             }
         }
     }
