@@ -230,6 +230,19 @@ def test_from_buffer(data: bytes) -> None:
     assert segment.snapshot().map()[:] == wanted
 
 
+@pytest.mark.parametrize("frozen", [False, True])
+@pytest.mark.parametrize("shift", [1, 100, PAGE_SIZE, 5 * PAGE_SIZE])
+def test_a_slice_of_the_segment_itself_may_overlap(frozen: bool, shift: int) -> None:
+    data = np.random.default_rng(shift).integers(0, 256, 40 * PAGE_SIZE, np.uint8)
+    segment = Segment.from_buffer(data)
+    if frozen:
+        segment.snapshot()
+    for source, target in ((slice(0, -shift), slice(shift, None)), (slice(shift, None), slice(0, -shift))):
+        data[target] = data[source].copy()
+        segment[target] = memoryview(segment)[source]
+        assert segment[:] == data.tobytes()
+
+
 def test_from_buffer_refuses() -> None:
     with pytest.raises(ValueError, match="empty"):
         Segment.from_buffer(b"")

@@ -238,6 +238,46 @@ def writers(tmp_path_factory) -> ctypes.CDLL:
     )
 
 
+def test_fork_while_threads_make_segments() -> None:
+    """A child that lives on inherits no memory of segments half made, so these can be sealed."""
+    errors: list[BaseException] = []
+    stop = threading.Event()
+
+    def make() -> None:
+        try:
+            while not stop.is_set():
+                with quire.Segment(PAGE) as made, quire.LiveSegment(PAGE) as live:
+                    made[0:3] = b"abc"
+                    live.snapshot().close()
+                    with made.snapshot() as snapshot:
+                        assert content(snapshot)[:3] == b"abc"
+        except BaseException as error:  # noqa: BLE001 - the test shows it
+            errors.append(error)
+
+    threads = [threading.Thread(target=make) for _ in range(2)]
+    ours, theirs = os.pipe()
+    children = []
+    for thread in threads:
+        thread.start()
+    try:
+        for _ in range(200):
+
+            def live_on() -> None:
+                os.close(theirs)
+                os.read(ours, 1)
+
+            children.append(fork(live_on))
+    finally:
+        stop.set()
+        for thread in threads:
+            thread.join()
+        os.close(theirs)
+        codes = [wait(child) for child in children]
+        os.close(ours)
+    assert not errors, errors
+    assert not any(codes)
+
+
 def test_fork_while_threads_write(segment: quire.Segment, writers: ctypes.CDLL) -> None:
     """No store of the parent's threads is lost, and none reaches a child."""
     stop = ctypes.c_int(0)

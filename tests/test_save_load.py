@@ -203,6 +203,18 @@ def test_replacing_is_atomic(tmp_path) -> None:
     assert os.listdir(tmp_path) == ["saved"]
 
 
+def test_errors_name_the_path(tmp_path) -> None:
+    missing = tmp_path / "missing" / "file"
+    with quire.Segment(PAGE) as segment, segment.snapshot() as snapshot:
+        for call in (snapshot.save, quire.load):
+            with pytest.raises(FileNotFoundError, match=str(tmp_path / "missing")):
+                call(missing)
+            with pytest.raises(ValueError, match="NUL"):
+                call(f"{tmp_path}/a\0b")
+        with pytest.raises(IsADirectoryError, match=str(tmp_path)):
+            snapshot.save(tmp_path)
+
+
 def test_saving_where_nothing_can_be_saved(tmp_path) -> None:
     with small() as snapshot:
         with pytest.raises(FileNotFoundError):

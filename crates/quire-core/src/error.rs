@@ -34,6 +34,7 @@ impl Error {
     #[must_use]
     pub fn os(call: &'static str, errno: i32) -> Self {
         let hint = match errno {
+            libc::EFBIG => "files may not be as large in this process: raise RLIMIT_FSIZE (ulimit -f)".to_owned(),
             libc::ENOSPC => "no memory is left for this file".to_owned(),
             libc::EMFILE => {
                 "this process has too many open descriptors: raise RLIMIT_NOFILE or close snapshots".to_owned()

@@ -16,20 +16,25 @@ pub trait ForkAware: Send {
 
 type Member = Weak<Mutex<dyn ForkAware>>;
 
+static HANDLERS: Once = Once::new();
 static MEMBERS: Mutex<Vec<Member>> = Mutex::new(Vec::new());
 
 fn members() -> MutexGuard<'static, Vec<Member>> {
     MEMBERS.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-/// Have an object told of forks for as long as it lives.
-pub fn enlist(member: Member) -> Result<()> {
-    static ONCE: Once = Once::new();
-    fork::at_fork(&ONCE, prepare, in_parent, in_child)?;
+/// Make an object and have it told of forks for as long as it lives.
+///
+/// No fork comes between: a child would inherit memory that it shares with the parent and knows nothing of, and that
+/// could not be sealed while the child lives.
+pub fn enlist<T: ForkAware + 'static>(make: impl FnOnce() -> Result<T>) -> Result<Arc<Mutex<T>>> {
+    fork::at_fork(&HANDLERS, prepare, in_parent, in_child)?;
     let mut all = members();
+    let made = Arc::new(Mutex::new(make()?));
+    let member: Arc<Mutex<dyn ForkAware>> = Arc::<Mutex<T>>::clone(&made);
     all.retain(|weak| weak.strong_count() > 0);
-    all.push(member);
-    Ok(())
+    all.push(Arc::downgrade(&member));
+    Ok(made)
 }
 
 extern "C" fn prepare() {

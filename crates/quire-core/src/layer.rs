@@ -212,7 +212,7 @@ pub struct Origins {
 /// One open layer. Shared by all snapshots of this process that use it.
 #[derive(Debug)]
 pub struct Layer {
-    fd: OwnedFd,
+    fd: Arc<OwnedFd>,
     key: Key,
     number: u64,
     backing: Backing,
@@ -237,7 +237,8 @@ fn next_number() -> u64 {
 
 /// Everything a new layer consists of besides its data pages, which are in the file already.
 pub struct Draft {
-    pub fd: OwnedFd,
+    /// Shared, so that whoever wrote the data pages still has them if sealing fails.
+    pub fd: Arc<OwnedFd>,
     pub data_pages: u64,
     pub nodes: Vec<u64>,
     pub imports: Vec<LayerId>,
@@ -249,7 +250,7 @@ pub struct Draft {
 }
 
 impl Layer {
-    /// Write nodes and trailer behind the data pages and seal the file for good.
+    /// Write nodes and trailer behind the data pages and seal the file for good. After an error it can be repeated.
     pub fn seal(draft: Draft) -> Result<Arc<Self>> {
         let trailer = Trailer {
             id: LayerId(crate::sys::random::id128()?),
@@ -260,6 +261,10 @@ impl Layer {
             size_bytes: draft.size_bytes,
             root: draft.root,
         };
+        // What an earlier attempt wrote behind the data pages must not stay behind the trailer.
+        if memfd::status(draft.fd.as_fd())?.size > trailer.data_pages * PAGE {
+            memfd::truncate(draft.fd.as_fd(), trailer.data_pages * PAGE)?;
+        }
         let encoded = trailer.encode();
         let nodes = Piece { addr: draft.nodes.as_ptr() as usize, len: draft.nodes.len() * 8 };
         memfd::write_pieces(draft.fd.as_fd(), trailer.data_pages * PAGE, &[nodes, Piece::of(&encoded[..])])?;
@@ -280,16 +285,16 @@ impl Layer {
             return Ok(layer);
         }
         let trailer = read_trailer(fd.as_fd(), status.size)?;
-        Ok(Self::sealed(fd, &status, trailer).enlisted())
+        Ok(Self::sealed(Arc::new(fd), &status, trailer).enlisted())
     }
 
     /// A layer in a sealed memfd, whose nodes are mapped when they are first asked for.
-    fn sealed(fd: OwnedFd, status: &Status, trailer: Trailer) -> Self {
+    fn sealed(fd: Arc<OwnedFd>, status: &Status, trailer: Trailer) -> Self {
         let nodes = if trailer.node_pages > 0 { Nodes::Mapped(OnceLock::new()) } else { Nodes::None };
         Self::opened(fd, status, Backing::Sealed, trailer, nodes)
     }
 
-    fn opened(fd: OwnedFd, status: &Status, backing: Backing, trailer: Trailer, nodes: Nodes) -> Self {
+    fn opened(fd: Arc<OwnedFd>, status: &Status, backing: Backing, trailer: Trailer, nodes: Nodes) -> Self {
         Self {
             fd,
             key: Key { dev: status.dev, ino: status.ino },
@@ -323,7 +328,7 @@ impl Layer {
             }
         }
         let nodes = Nodes::Copied(nodes.into_boxed_slice());
-        Ok(Arc::new(Self::opened(fd, &status, Backing::File, trailer, nodes)))
+        Ok(Arc::new(Self::opened(Arc::new(fd), &status, Backing::File, trailer, nodes)))
     }
 
     /// Let other snapshots of this process find the layer by its inode.
@@ -533,7 +538,7 @@ mod tests {
     #[test]
     fn origins_are_found_by_run() {
         let draft = Draft {
-            fd: memfd::create(c"t").unwrap(),
+            fd: Arc::new(memfd::create(c"t").unwrap()),
             data_pages: 0,
             nodes: Vec::new(),
             imports: Vec::new(),

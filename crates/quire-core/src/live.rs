@@ -62,32 +62,12 @@ impl LiveSegment {
             )));
         }
         let len = (pages_for(size_bytes) * PAGE) as usize;
-        let (rw, ro) = (Area::reserve(len)?, Area::reserve(len)?);
-        let store = match backend {
-            Backend::Memfd => {
-                let fd = memfd::create(c"quire-live")?;
-                memfd::truncate(fd.as_fd(), len as u64)?;
-                rw.map_file(0, len, fd.as_fd(), 0, Sharing::Shared, Access::ReadWrite)?;
-                memfd::add_seals(fd.as_fd(), memfd::SEALS_MIRROR)?;
-                ro.map_file(0, len, fd.as_fd(), 0, Sharing::Shared, Access::Read)?;
-                Store::Memfd(fd)
-            }
-            Backend::SystemV => {
-                let id = SharedId::create(len)?;
-                let attached = id.attach(&rw, false).and_then(|()| id.attach(&ro, true));
-                id.remove()?;
-                attached?;
-                Store::SystemV(id)
-            }
+        let ro = Area::reserve(len)?;
+        let state = forking::enlist(|| State::new(size_bytes, backend, &ro))?;
+        let (store, rw_address) = {
+            let state = state.lock().unwrap_or_else(PoisonError::into_inner);
+            (Arc::clone(&state.store), state.rw.addr())
         };
-        rw.advise(0, len, libc::MADV_NOHUGEPAGE);
-        rw.dont_fork(0, len)?;
-        Tracking::current().register(&rw, PageRange::new(0, pages_for(size_bytes)))?;
-        let (store, rw_address) = (Arc::new(store), rw.addr());
-        let state = State { rw, size_bytes, store: Arc::clone(&store), tip: None, pending: Vec::new(), forked: false };
-        let state: Arc<Mutex<State>> = Arc::new(Mutex::new(state));
-        let member: Arc<Mutex<dyn ForkAware>> = Arc::<Mutex<State>>::clone(&state);
-        forking::enlist(Arc::downgrade(&member))?;
         Ok(Self { ro, rw_address, size_bytes, store, state })
     }
 
@@ -147,8 +127,35 @@ impl LiveSegment {
 }
 
 impl State {
+    /// Make the memory and its writable alias, and show it read-only in `ro`, which is as long.
+    fn new(size_bytes: u64, backend: Backend, ro: &Area) -> Result<Self> {
+        let len = ro.len();
+        let rw = Area::reserve(len)?;
+        let store = match backend {
+            Backend::Memfd => {
+                let fd = memfd::create(c"quire-live")?;
+                memfd::truncate(fd.as_fd(), len as u64)?;
+                rw.map_file(0, len, fd.as_fd(), 0, Sharing::Shared, Access::ReadWrite)?;
+                memfd::add_seals(fd.as_fd(), memfd::SEALS_MIRROR)?;
+                ro.map_file(0, len, fd.as_fd(), 0, Sharing::Shared, Access::Read)?;
+                Store::Memfd(fd)
+            }
+            Backend::SystemV => {
+                let id = SharedId::create(len)?;
+                let attached = id.attach(&rw, false).and_then(|()| id.attach(ro, true));
+                id.remove()?;
+                attached?;
+                Store::SystemV(id)
+            }
+        };
+        rw.advise(0, len, libc::MADV_NOHUGEPAGE);
+        rw.dont_fork(0, len)?;
+        Tracking::current()?.register(&rw, PageRange::new(0, pages_for(size_bytes)))?;
+        Ok(Self { rw, size_bytes, store: Arc::new(store), tip: None, pending: Vec::new(), forked: false })
+    }
+
     fn publish(&mut self) -> Result<(Arc<Snapshot>, Stats)> {
-        let tracking = Tracking::current();
+        let tracking = Tracking::current()?;
         let pages = pages_for(self.size_bytes);
         // Holes were never touched: they need no scan, and no table of their own in the kernel.
         let data = match &*self.store {

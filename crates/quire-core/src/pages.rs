@@ -53,6 +53,27 @@ pub const fn pages_for(bytes: u64) -> u64 {
     bytes.div_ceil(PAGE)
 }
 
+/// Join ascending ranges across the smallest gaps between them until there are at most so many (at least one).
+pub fn bridge(ranges: &mut Vec<PageRange>, at_most: usize) {
+    let excess = ranges.len().saturating_sub(at_most.max(1));
+    if excess == 0 {
+        return;
+    }
+    let mut gaps: Vec<(u64, usize)> =
+        ranges.windows(2).enumerate().map(|(i, two)| (two[1].start - two[0].end(), i + 1)).collect();
+    gaps.select_nth_unstable(excess - 1);
+    let mut joins = vec![false; ranges.len()];
+    gaps[..excess].iter().for_each(|&(_, i)| joins[i] = true);
+    let mut out: Vec<PageRange> = Vec::with_capacity(ranges.len() - excess);
+    for (range, joins) in ranges.iter().zip(joins) {
+        match out.last_mut() {
+            Some(last) if joins => last.len = range.end() - last.start,
+            _ => out.push(*range),
+        }
+    }
+    *ranges = out;
+}
+
 /// Append an ascending range, joining it to the last one where they touch.
 pub fn push_merged(ranges: &mut Vec<PageRange>, range: PageRange) {
     if range.len == 0 {

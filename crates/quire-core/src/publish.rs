@@ -68,7 +68,7 @@ impl Edition<'_> {
         memfd::write_pieces(fd.as_fd(), 0, &pieces)?;
         let nodes_written = table.own.nodes;
         let top = Layer::seal(Draft {
-            fd,
+            fd: Arc::new(fd),
             data_pages: written,
             nodes: table.nodes,
             imports: table.imports,

@@ -7,6 +7,7 @@ use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use crate::layer::{Draft, HASH_AT, Layer, LayerId, Origins, Trailer};
 use crate::pages::{PAGE, PageRange};
@@ -20,6 +21,7 @@ const CHUNK_PAGES: u64 = 256;
 
 /// Write a snapshot to a file as one layer with a hash. The file appears complete or not at all.
 pub fn save(snapshot: &Snapshot, path: &Path) -> Result<()> {
+    check_path(path)?;
     let dir = match path.parent() {
         Some(parent) if !parent.as_os_str().is_empty() => parent,
         _ => Path::new("."),
@@ -29,11 +31,15 @@ pub fn save(snapshot: &Snapshot, path: &Path) -> Result<()> {
             Ok(file) => (file, None),
             Err(error) if matches!(error.raw_os_error(), Some(libc::EOPNOTSUPP | libc::EISDIR | libc::EINVAL)) => {
                 let name = sibling(path)?;
-                let file =
-                    OpenOptions::new().write(true).read(true).create_new(true).open(&name).map_err(io("open"))?;
+                let file = OpenOptions::new()
+                    .write(true)
+                    .read(true)
+                    .create_new(true)
+                    .open(&name)
+                    .map_err(io_at("open", &name))?;
                 (file, Some(name))
             }
-            Err(error) => return Err(io("open")(error)),
+            Err(error) => return Err(io_at("open", dir)(error)),
         };
     let written = write_hashed(snapshot, &file).and_then(|()| file.sync_all().map_err(io("fsync")));
     let placed = written.and_then(|()| place(&file, named.as_deref(), path));
@@ -53,6 +59,18 @@ fn io(call: &'static str) -> impl Fn(std::io::Error) -> Error {
     move |error| Error::os(call, error.raw_os_error().unwrap_or(libc::EIO))
 }
 
+/// The same, with the path that the caller gave.
+fn io_at<'a>(call: &'static str, path: &'a Path) -> impl Fn(std::io::Error) -> Error + 'a {
+    move |error| io(call)(error).hinted(&path.display().to_string())
+}
+
+fn check_path(path: &Path) -> Result<()> {
+    if path.as_os_str().as_bytes().contains(&0) {
+        return Err(Error::Invalid("a path with a NUL byte".to_owned()));
+    }
+    Ok(())
+}
+
 fn sibling(path: &Path) -> Result<PathBuf> {
     let random = crate::sys::random::id128()?;
     let mut name = OsString::from(".quire-");
@@ -63,14 +81,14 @@ fn sibling(path: &Path) -> Result<PathBuf> {
 /// Give the finished file its name, replacing what was there in one step.
 fn place(file: &File, named: Option<&Path>, path: &Path) -> Result<()> {
     if let Some(name) = named {
-        return std::fs::rename(name, path).map_err(io("rename"));
+        return std::fs::rename(name, path).map_err(io_at("rename", path));
     }
     match link(file, path) {
         Err(error) if error.errno() == libc::EEXIST => {
             let name = sibling(path)?;
             link(file, &name)?;
             std::fs::rename(&name, path).map_err(|error| {
-                let failed = io("rename")(error);
+                let failed = io_at("rename", path)(error);
                 match std::fs::remove_file(&name) {
                     Ok(()) => failed,
                     Err(other) => failed.hinted(&format!("and {} stays: {other}", name.display())),
@@ -88,7 +106,7 @@ fn link(file: &File, path: &Path) -> Result<()> {
     // SAFETY: both are NUL-terminated strings that outlive the call.
     let rc =
         unsafe { libc::linkat(libc::AT_FDCWD, from.as_ptr(), libc::AT_FDCWD, to.as_ptr(), libc::AT_SYMLINK_FOLLOW) };
-    if rc == 0 { Ok(()) } else { Err(Error::last_os("linkat")) }
+    if rc == 0 { Ok(()) } else { Err(Error::last_os("linkat").hinted(&path.display().to_string())) }
 }
 
 /// Call `write` with the pages that hold data, in page order, and return the table that describes them.
@@ -156,7 +174,7 @@ pub fn copy_to_memory(snapshot: &Snapshot) -> Result<Snapshot> {
         compact(snapshot, |offset, bytes| memfd::write_pieces(fd.as_fd(), offset, &[Piece::of(bytes)]))?;
     let count = table.own;
     let layer = Layer::seal(Draft {
-        fd,
+        fd: Arc::new(fd),
         data_pages,
         nodes: table.nodes,
         imports: Vec::new(),
@@ -171,8 +189,9 @@ pub fn copy_to_memory(snapshot: &Snapshot) -> Result<Snapshot> {
 /// Open a saved snapshot. Without `copy` its pages are mapped from the file as they are touched, and whoever can
 /// write the file can change them; with it they are copied to sealed memory. `check` compares the hash.
 pub fn load(path: &Path, copy: bool, check: bool) -> Result<Snapshot> {
+    check_path(path)?;
     // NONBLOCK so that a FIFO does not make us wait for a writer.
-    let file = OpenOptions::new().read(true).custom_flags(libc::O_NONBLOCK).open(path).map_err(io("open"))?;
+    let file = OpenOptions::new().read(true).custom_flags(libc::O_NONBLOCK).open(path).map_err(io_at("open", path))?;
     let fd = OwnedFd::from(file);
     read_trailer(&fd)?;
     let fd = if copy { into_memory(fd)? } else { fd };

@@ -5,8 +5,9 @@ use std::sync::Arc;
 
 use super::frozen::Frozen;
 use super::tracking;
-use crate::layer::{Draft, Layer, Origins};
-use crate::pages::{FANOUT, PAGE, PageRange, intersection, pages_for, total};
+use crate::layer::{Draft, Layer, LayerId, Origins};
+use crate::layout::vma_budget;
+use crate::pages::{FANOUT, PAGE, PageRange, bridge, intersection, pages_for, push_merged, total};
 use crate::snapshot::{Count, Snapshot, Stats};
 use crate::sys::area::{Access, Area, Sharing};
 use crate::sys::hold::{Hold, What};
@@ -36,27 +37,30 @@ pub(super) fn stripes_of(pages: u64) -> impl Iterator<Item = PageRange> {
 #[derive(Debug)]
 struct Stripe {
     pages: PageRange,
-    fd: OwnedFd,
+    fd: Arc<OwnedFd>,
+    /// The file, once it is sealed.
+    layer: Option<Arc<Layer>>,
 }
 
 /// See the module.
 #[derive(Debug)]
 pub(super) struct Fresh {
     stripes: Vec<Stripe>,
-    /// Stripes, from the first on, whose mapping is private already.
-    private: usize,
-    /// The files were taken to be sealed, so all of the mapping is private.
-    sealed: bool,
+    /// Parts from the first page on whose mapping is private already, and which of them are sparse. Between calls there
+    /// are any only if a freeze failed half-way; the next one goes on behind them.
+    private: Vec<(PageRange, bool)>,
+    /// The version, if a freeze failed behind its completion.
+    tip: Option<(Arc<Snapshot>, Stats)>,
 }
 
 impl Fresh {
     /// Map zero-filled memory files over the first pages of an area.
     pub fn new(area: &Area, pages: u64) -> Result<Self> {
-        let mut fresh = Self { stripes: Vec::new(), private: 0, sealed: false };
+        let mut fresh = Self { stripes: Vec::new(), private: Vec::new(), tip: None };
         for stripe in stripes_of(pages) {
             let fd = memfd::create(c"quire-segment")?;
             memfd::truncate(fd.as_fd(), stripe.len * PAGE)?;
-            fresh.stripes.push(Stripe { pages: stripe, fd });
+            fresh.stripes.push(Stripe { pages: stripe, fd: Arc::new(fd), layer: None });
         }
         for stripe in &fresh.stripes {
             stripe.map(area, stripe.pages)?;
@@ -65,11 +69,16 @@ impl Fresh {
     }
 
     pub fn is_partly_private(&self) -> bool {
-        self.private > 0
+        !self.private.is_empty()
     }
 
-    pub fn is_private(&self) -> bool {
-        self.sealed || self.private == self.stripes.len()
+    /// Whether all of so many pages are mapped privately.
+    pub fn is_private(&self, pages: u64) -> bool {
+        self.private_pages() == pages
+    }
+
+    fn private_pages(&self) -> u64 {
+        self.private.last().map_or(0, |(part, _)| part.end())
     }
 
     pub fn grow(&mut self, area: &Area, more: PageRange) -> Result<()> {
@@ -118,13 +127,18 @@ impl Fresh {
     }
 
     /// Make the files the layers of the first version, and the mapping private over them. Nothing is copied.
+    ///
+    /// After an error the memory is as it was, and a repeated call goes on where this one stopped.
     pub fn freeze(&mut self, area: &Area, size_bytes: u64) -> Result<(Frozen, Stats)> {
-        let tracking = tracking();
-        let mut zones = Vec::new();
-        for (i, stripe) in self.stripes.iter().enumerate() {
+        let tracking = tracking()?;
+        for stripe in &self.stripes {
+            let rest = PageRange::between(self.private_pages().max(stripe.pages.start), stripe.pages.end());
+            if rest.len == 0 {
+                continue;
+            }
             // Holes must not fill while they are replaced by plain zero memory.
-            let _hold = Hold::new(area, &[(stripe.pages, What::NewPages)], &tracking)?;
-            for (part, sparse) in blocks(stripe)? {
+            let _hold = Hold::new(area, &[(rest, What::NewPages)], &tracking)?;
+            for (part, sparse) in blocks(stripe, rest)? {
                 if sparse {
                     area.map_zero(part.byte_offset(), part.byte_len(), Access::ReadWrite)?;
                 } else {
@@ -138,36 +152,41 @@ impl Fresh {
                         Access::ReadWrite,
                     )?;
                 }
-                zones.push((part, sparse));
+                self.private.push((part, sparse));
             }
             for data in memfd::data_ranges(stripe.fd.as_fd(), PageRange::new(0, stripe.pages.len))? {
                 area.prefault(PageRange::new(stripe.pages.start + data.start, 0).byte_offset(), data.byte_len());
             }
-            self.private = i + 1;
         }
-        self.sealed = true;
-        let (tip, stats) = seal(std::mem::take(&mut self.stripes), size_bytes)?;
-        let frozen = Frozen::start(area, Arc::new(tip), &zones)?;
+        let (tip, stats) = match &self.tip {
+            Some(done) => done.clone(),
+            None => self.tip.insert(seal(&mut self.stripes, size_bytes)?).clone(),
+        };
+        let frozen = Frozen::start(area, tip, &self.private)?;
         Ok((frozen, stats))
-    }
-
-    /// Hand the files over as a version, and go on with new ones.
-    pub fn sever(&mut self, area: &Area, size_bytes: u64) -> Result<(Arc<Snapshot>, Stats, Self)> {
-        let mut next = Self { stripes: Vec::new(), private: 0, sealed: false };
-        for stripe in &self.stripes {
-            let fd = memfd::create(c"quire-segment")?;
-            memfd::truncate(fd.as_fd(), stripe.pages.len * PAGE)?;
-            next.stripes.push(Stripe { pages: stripe.pages, fd });
-        }
-        for stripe in &next.stripes {
-            stripe.map(area, stripe.pages)?;
-        }
-        let (tip, stats) = seal(std::mem::take(&mut self.stripes), size_bytes)?;
-        Ok((Arc::new(tip), stats, next))
     }
 }
 
 impl Stripe {
+    /// Seal the file as a layer, unless an earlier attempt has.
+    fn seal(&mut self, nodes: Vec<u64>, imports: Vec<LayerId>, size_bytes: u64, root: Entry) -> Result<Arc<Layer>> {
+        if let Some(layer) = &self.layer {
+            return Ok(Arc::clone(layer));
+        }
+        let layer = Layer::seal(Draft {
+            fd: Arc::clone(&self.fd),
+            data_pages: self.pages.len,
+            nodes,
+            imports,
+            size_bytes,
+            root,
+            origins: Origins::default(),
+            gathered: false,
+        })?;
+        self.layer = Some(Arc::clone(&layer));
+        Ok(layer)
+    }
+
     fn map(&self, area: &Area, part: PageRange) -> Result<()> {
         let at = (part.start - self.pages.start) * PAGE;
         area.map_file(part.byte_offset(), part.byte_len(), self.fd.as_fd(), at, Sharing::Shared, Access::ReadWrite)?;
@@ -176,32 +195,33 @@ impl Stripe {
     }
 }
 
-/// A stripe cut into blocks of 512 pages with and without (true) any data.
-fn blocks(stripe: &Stripe) -> Result<Vec<(PageRange, bool)>> {
-    let mut out: Vec<(PageRange, bool)> = Vec::new();
-    let mut push = |range: PageRange, sparse| {
-        if range.len > 0 {
-            out.push((PageRange::new(stripe.pages.start + range.start, range.len), sparse));
-        }
-    };
-    let mut at = 0;
-    let mut pending = PageRange::new(0, 0);
+/// The rest of a stripe cut into blocks of 512 pages with and without (true) any data, not too many of them.
+fn blocks(stripe: &Stripe, rest: PageRange) -> Result<Vec<(PageRange, bool)>> {
+    let mut held: Vec<PageRange> = Vec::new();
     for data in memfd::data_ranges(stripe.fd.as_fd(), PageRange::new(0, stripe.pages.len))? {
-        let start = data.start / FANOUT * FANOUT;
-        let end = data.end().next_multiple_of(FANOUT).min(stripe.pages.len);
-        if pending.len > 0 && start <= pending.end() {
-            pending.len = end.max(pending.end()) - pending.start;
-            continue;
-        }
-        push(PageRange::between(at, pending.start), true);
-        push(pending, false);
-        at = pending.end();
-        pending = PageRange::between(start, end);
+        let start = stripe.pages.start + data.start / FANOUT * FANOUT;
+        let end = stripe.pages.start + data.end().next_multiple_of(FANOUT);
+        let block = PageRange::between(start, end).intersect(&rest);
+        let begin = held.last().map_or(block.start, |last| last.end().max(block.start));
+        push_merged(&mut held, PageRange::between(begin, block.end()));
     }
-    push(PageRange::between(at, pending.start), true);
-    push(pending, false);
-    push(PageRange::between(pending.end().max(at), stripe.pages.len), true);
+    bridge(&mut held, runs_per_stripe());
+    let mut out: Vec<(PageRange, bool)> = Vec::new();
+    let mut at = rest.start;
+    for block in held {
+        out.push((PageRange::between(at, block.start), true));
+        out.push((block, false));
+        at = block.end();
+    }
+    out.push((PageRange::between(at, rest.end()), true));
+    out.retain(|(part, _)| part.len > 0);
     Ok(out)
+}
+
+/// Pieces in which a stripe may be mapped, each of which takes two VMAs; all stripes together stay within twice the
+/// budget of a mapping, half of what the process may have.
+pub(super) fn runs_per_stripe() -> usize {
+    vma_budget() / STRIPES as usize
 }
 
 /// Ranges of a file that hold data, with short holes included.
@@ -217,15 +237,15 @@ fn runs(stripe: &Stripe) -> Result<Vec<PageRange>> {
 }
 
 /// Seal every file as a layer; the last one carries the page table.
-fn seal(mut stripes: Vec<Stripe>, size_bytes: u64) -> Result<(Snapshot, Stats)> {
+fn seal(stripes: &mut [Stripe], size_bytes: u64) -> Result<(Arc<Snapshot>, Stats)> {
     let pages = pages_for(size_bytes);
-    let Some(last) = stripes.pop() else {
+    let Some((last, stripes)) = stripes.split_last_mut() else {
         return Err(Error::Invalid("a segment without stripes".to_owned()));
     };
     let mut patches = Vec::new();
     let mut others = Vec::new();
     for stripe in stripes {
-        let held = runs(&stripe)?;
+        let held = runs(stripe)?;
         if held.is_empty() {
             continue;
         }
@@ -233,18 +253,9 @@ fn seal(mut stripes: Vec<Stripe>, size_bytes: u64) -> Result<(Snapshot, Stats)> 
             pages: PageRange::new(stripe.pages.start + run.start, run.len),
             target: Target::Other { layer: others.len(), index: run.start },
         }));
-        others.push(Layer::seal(Draft {
-            fd: stripe.fd,
-            data_pages: stripe.pages.len,
-            nodes: Vec::new(),
-            imports: Vec::new(),
-            size_bytes: 0,
-            root: Entry::ZERO,
-            origins: Origins::default(),
-            gathered: false,
-        })?);
+        others.push(stripe.seal(Vec::new(), Vec::new(), 0, Entry::ZERO)?);
     }
-    patches.extend(runs(&last)?.iter().map(|run| Patch {
+    patches.extend(runs(last)?.iter().map(|run| Patch {
         pages: PageRange::new(last.pages.start + run.start, run.len),
         target: Target::Own { index: run.start },
     }));
@@ -254,20 +265,11 @@ fn seal(mut stripes: Vec<Stripe>, size_bytes: u64) -> Result<(Snapshot, Stats)> 
     );
     let table = build(None, pages, &patches, &others, &[])?;
     let nodes_written = table.own.nodes;
-    let top = Layer::seal(Draft {
-        fd: last.fd,
-        data_pages: last.pages.len,
-        nodes: table.nodes,
-        imports: table.imports,
-        size_bytes,
-        root: table.root,
-        origins: Origins::default(),
-        gathered: false,
-    })?;
+    let top = last.seal(table.nodes, table.imports, size_bytes, table.root)?;
     let mut layers = vec![top];
     let mut counts: Vec<Count> = vec![table.own];
     layers.extend(others);
     counts.extend(&table.others);
     let snapshot = Snapshot::trusted(layers, counts)?;
-    Ok((snapshot, Stats { pages_scanned: pages, pages_copied: 0, nodes_written, duration_ns: 0 }))
+    Ok((Arc::new(snapshot), Stats { pages_scanned: pages, pages_copied: 0, nodes_written, duration_ns: 0 }))
 }

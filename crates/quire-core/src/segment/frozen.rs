@@ -82,7 +82,7 @@ impl Frozen {
 
     /// Register and arm a range that was just mapped. Copies made meanwhile belong to the next version.
     fn track(&mut self, area: &Area, range: PageRange) -> Result<()> {
-        let tracking = tracking();
+        let tracking = tracking()?;
         if !tracking.is_marked() {
             return Ok(());
         }
@@ -129,7 +129,7 @@ impl Frozen {
     }
 
     pub fn publish(&mut self, area: &Area, size_bytes: u64) -> Result<(Arc<Snapshot>, Stats)> {
-        let tracking = tracking();
+        let tracking = tracking()?;
         let pages = pages_for(size_bytes);
         self.restore_tracking(area)?;
         // From here on the marks are gone: until the version is complete, its pages stay pending.
@@ -214,7 +214,7 @@ impl Frozen {
     }
 
     pub fn sever(&mut self, area: &Area, size_bytes: u64, pages: u64) -> Result<(Arc<Snapshot>, Stats, super::Fresh)> {
-        let tracking = tracking();
+        let tracking = tracking()?;
         let whole = PageRange::new(0, pages);
         self.restore_tracking(area)?;
         self.pending = self.changed(area, &tracking, pages)?;
@@ -226,26 +226,27 @@ impl Frozen {
         self.pending = subtract(&self.pending, &sparse);
         let changed = union(&self.pending, &self.differing(area, &tracking, whole)?);
         self.pending.clone_from(&changed);
-        let leaving = publish::leaving(&self.tip, 0)?;
-        let published = Edition {
-            area,
-            size_bytes,
-            tip: Some(&self.tip),
-            changed: &changed,
-            rewritten: &[],
-            others: &[],
-            leaving: &leaving,
-        }
-        .publish()?;
+        let mut stats = Stats { pages_scanned: pages, ..Stats::default() };
+        let snapshot = if changed.is_empty() && size_bytes == self.tip.size_bytes() {
+            Arc::clone(&self.tip)
+        } else {
+            let leaving = publish::leaving(&self.tip, 0)?;
+            let published = Edition {
+                area,
+                size_bytes,
+                tip: Some(&self.tip),
+                changed: &changed,
+                rewritten: &[],
+                others: &[],
+                leaving: &leaving,
+            }
+            .publish()?;
+            (stats.pages_copied, stats.nodes_written) = (published.pages_copied, published.nodes_written);
+            Arc::new(published.snapshot)
+        };
         let fresh = super::Fresh::new(area, pages)?;
         drop(hold);
-        let stats = Stats {
-            pages_scanned: pages,
-            pages_copied: published.pages_copied,
-            nodes_written: published.nodes_written,
-            duration_ns: 0,
-        };
-        Ok((Arc::new(published.snapshot), stats, fresh))
+        Ok((snapshot, stats, fresh))
     }
 
     pub fn grow(&mut self, area: &Area, more: PageRange) -> Result<()> {
@@ -254,12 +255,16 @@ impl Frozen {
         }
         area.map_zero(more.byte_offset(), more.byte_len(), Access::ReadWrite)?;
         self.zones.push(more, more.len >= SPARSE_PAGES);
-        self.track(area, more)
+        let tracked = self.track(area, more);
+        if tracked.is_err() {
+            self.zones.cut(more);
+        }
+        tracked
     }
 
     pub fn memory(&self, area: &Area, pages: u64) -> Result<super::Memory> {
         let mut private = Vec::new();
-        tracking().candidates(area, PageRange::new(0, pages), &mut private)?;
+        tracking()?.candidates(area, PageRange::new(0, pages), &mut private)?;
         let mut layer_bytes = 0;
         for layer in self.tip.layers() {
             layer_bytes += layer.allocated_bytes()?;
@@ -289,7 +294,7 @@ impl Frozen {
             return bad(format!("counts {:?} are not {:?}", self.tip.counts(), self.tip.check()?));
         }
         // Every page that differs from the tip must be one that the next version would find.
-        let tracking = tracking();
+        let tracking = tracking()?;
         if let Tracking::Marked { pagemap, .. } = &*tracking {
             let mut marked = Vec::new();
             for &(range, sparse) in &self.zones.0 {

@@ -37,8 +37,6 @@ struct State {
     size_bytes: u64,
     stage: Stage,
     forked: bool,
-    /// A transition failed half-way; the memory is right, but no version can be made of it any more.
-    broken: Option<String>,
 }
 
 /// A segment. Every method may be called from any thread.
@@ -78,26 +76,27 @@ impl Segment {
     /// A segment that reads zero and takes no memory until it is touched.
     pub fn new(size_bytes: u64) -> Result<Self> {
         let pages = check_size(size_bytes)?;
-        let area = reserve(pages)?;
-        let fresh = Fresh::new(&area, pages)?;
-        Self::from_state(State { area, size_bytes, stage: Stage::Fresh(fresh), forked: false, broken: None })
+        Self::enlisted(|| {
+            let area = reserve(pages)?;
+            let fresh = Fresh::new(&area, pages)?;
+            Ok(State { area, size_bytes, stage: Stage::Fresh(fresh), forked: false })
+        })
     }
 
     /// A segment that starts as a snapshot. One that rests on a file is copied to sealed memory first.
     pub fn start_as(snapshot: &Arc<Snapshot>) -> Result<Self> {
         let tip =
             if snapshot.is_sealed() { Arc::clone(snapshot) } else { Arc::new(crate::save::copy_to_memory(snapshot)?) };
-        let area = reserve(tip.pages())?;
-        let frozen = Frozen::over(&area, tip)?;
-        let size_bytes = frozen.tip().size_bytes();
-        Self::from_state(State { area, size_bytes, stage: Stage::Frozen(frozen), forked: false, broken: None })
+        Self::enlisted(|| {
+            let area = reserve(tip.pages())?;
+            let frozen = Frozen::over(&area, tip)?;
+            let size_bytes = frozen.tip().size_bytes();
+            Ok(State { area, size_bytes, stage: Stage::Frozen(frozen), forked: false })
+        })
     }
 
-    fn from_state(state: State) -> Result<Self> {
-        let shared: Arc<Mutex<State>> = Arc::new(Mutex::new(state));
-        let member: Arc<Mutex<dyn ForkAware>> = Arc::<Mutex<State>>::clone(&shared);
-        forking::enlist(Arc::downgrade(&member))?;
-        Ok(Self(shared))
+    fn enlisted(make: impl FnOnce() -> Result<State>) -> Result<Self> {
+        Ok(Self(forking::enlist(make)?))
     }
 
     fn lock(&self) -> MutexGuard<'_, State> {
@@ -134,13 +133,7 @@ impl Segment {
         let start = Instant::now();
         let mut state = self.lock();
         state.usable("sever()")?;
-        let pages = state.pages();
-        let State { area, size_bytes, stage, .. } = &mut *state;
-        let (snapshot, mut stats, fresh) = match stage {
-            Stage::Fresh(fresh) => fresh.sever(area, *size_bytes)?,
-            Stage::Frozen(frozen) => frozen.sever(area, *size_bytes, pages)?,
-        };
-        state.stage = Stage::Fresh(fresh);
+        let (snapshot, mut stats) = state.sever()?;
         stats.duration_ns = start.elapsed().as_nanos() as u64;
         Ok((snapshot, stats))
     }
@@ -158,6 +151,7 @@ impl Segment {
             )));
         }
         let pages = check_size(size_bytes)?;
+        state.complete()?;
         let needed = (pages * PAGE) as usize;
         let mut stayed = true;
         if needed > state.area.len() && !state.area.extend(needed) {
@@ -193,8 +187,18 @@ impl Segment {
         if bytes.len() > 1 << 26 {
             crate::sys::memory::ensure(bytes.len() as u64, "the copy")?;
         }
+        let (from, to) = (bytes.as_ptr() as usize, state.area.addr() + offset as usize);
+        let mut apart = Vec::new();
+        let bytes = if from < to + bytes.len() && to < from + bytes.len() {
+            // The source is this very memory: the calls below copy piece by piece and would read what they wrote.
+            apart.try_reserve_exact(bytes.len()).map_err(|error| Error::Memory(format!("the copy: {error}")))?;
+            apart.extend_from_slice(bytes);
+            &apart
+        } else {
+            bytes
+        };
         match &state.stage {
-            Stage::Fresh(fresh) if !state.forked => fresh.write(offset, bytes),
+            Stage::Fresh(fresh) if !state.forked && !fresh.is_partly_private() => fresh.write(offset, bytes),
             _ => {
                 state.area.store(offset as usize, bytes);
                 Ok(())
@@ -230,30 +234,44 @@ impl State {
         if self.forked {
             return Err(Error::Forked(call));
         }
-        match &self.broken {
-            Some(why) => {
-                Err(Error::Memory(format!("{call}: an earlier transition failed and cannot be repeated: {why}")))
-            }
-            None => Ok(()),
-        }
+        Ok(())
     }
 
     fn publish(&mut self) -> Result<(Arc<Snapshot>, Stats)> {
         match &mut self.stage {
-            Stage::Fresh(fresh) => match fresh.freeze(&self.area, self.size_bytes) {
-                Ok((frozen, stats)) => {
-                    let tip = Arc::clone(frozen.tip());
-                    self.stage = Stage::Frozen(frozen);
-                    Ok((tip, stats))
-                }
-                Err(error) => {
-                    if fresh.is_partly_private() {
-                        self.broken = Some(error.to_string());
-                    }
-                    Err(error)
-                }
-            },
+            Stage::Fresh(fresh) => {
+                // Stores since an attempt that failed are private copies, of which the files know nothing.
+                let resumed = fresh.is_partly_private();
+                let (frozen, stats) = fresh.freeze(&self.area, self.size_bytes)?;
+                let tip = Arc::clone(frozen.tip());
+                self.stage = Stage::Frozen(frozen);
+                if resumed { self.publish() } else { Ok((tip, stats)) }
+            }
             Stage::Frozen(frozen) => frozen.publish(&self.area, self.size_bytes),
+        }
+    }
+
+    /// Go on with a first version that failed half-way, if one did.
+    fn complete(&mut self) -> Result<()> {
+        match &self.stage {
+            Stage::Fresh(fresh) if fresh.is_partly_private() => self.publish().map(drop),
+            _ => Ok(()),
+        }
+    }
+
+    /// By way of the second stage, whose failures lose nothing: the files of the first must be sealed before they can
+    /// be handed over, and must not be mapped by then.
+    fn sever(&mut self) -> Result<(Arc<Snapshot>, Stats)> {
+        let pages = self.pages();
+        loop {
+            match &mut self.stage {
+                Stage::Fresh(_) => drop(self.publish()?),
+                Stage::Frozen(frozen) => {
+                    let (snapshot, stats, fresh) = frozen.sever(&self.area, self.size_bytes, pages)?;
+                    self.stage = Stage::Fresh(fresh);
+                    return Ok((snapshot, stats));
+                }
+            }
         }
     }
 
@@ -272,7 +290,7 @@ impl ForkAware for State {
     fn before_fork(&mut self) {
         // A shared mapping would let the child write into the parent's memory. A failure leaves the stage as it is:
         // the child is then cut off from the segment, see below.
-        if !self.forked && matches!(self.stage, Stage::Fresh(_)) && self.broken.is_none() {
+        if !self.forked && matches!(self.stage, Stage::Fresh(_)) {
             if let Err(error) = self.publish() {
                 eprintln!("quire: a segment could not be made private before fork ({error}); the child cannot use it");
             }
@@ -283,7 +301,7 @@ impl ForkAware for State {
         self.forked = true;
         if let Stage::Fresh(fresh) = &self.stage {
             // Still shared with the parent: better unreachable than wrong.
-            if !fresh.is_private() {
+            if !fresh.is_private(self.pages()) {
                 if let Err(error) = self.area.map_none(0, self.area.len()) {
                     eprintln!("quire: {error}");
                     std::process::abort();
@@ -298,6 +316,6 @@ fn lay_out(area: &Area, tip: &Snapshot) -> Result<Layout> {
     Layout::build(area, tip, Access::ReadWrite, vma_budget())
 }
 
-fn tracking() -> Arc<Tracking> {
+fn tracking() -> Result<Arc<Tracking>> {
     Tracking::current()
 }

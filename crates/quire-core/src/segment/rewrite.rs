@@ -3,10 +3,10 @@
 use std::os::fd::AsFd;
 use std::sync::{Arc, Weak};
 
-use super::fresh::{HOLE_PAGES, stripes_of};
+use super::fresh::{HOLE_PAGES, runs_per_stripe, stripes_of};
 use crate::Result;
 use crate::layer::{Draft, Layer, Origins};
-use crate::pages::{PAGE, PageRange, PageSet, clip, push_merged, subtract, total, union};
+use crate::pages::{PAGE, PageRange, PageSet, bridge, clip, push_merged, subtract, total, union};
 use crate::publish::data_in;
 use crate::snapshot::Snapshot;
 use crate::sys::area::{Access, Area, Sharing};
@@ -306,6 +306,7 @@ pub(super) fn copy_stripe(area: &Area, tip: &Snapshot, stripe: PageRange, privat
             _ => runs.push(range),
         }
     }
+    bridge(&mut runs, runs_per_stripe());
     if runs.is_empty() {
         return Ok(Copy { layer: None, runs });
     }
@@ -326,7 +327,7 @@ pub(super) fn copy_stripe(area: &Area, tip: &Snapshot, stripe: PageRange, privat
         }
     }
     let layer = Layer::seal(Draft {
-        fd,
+        fd: Arc::new(fd),
         data_pages: stripe.len,
         nodes: Vec::new(),
         imports: Vec::new(),

@@ -80,7 +80,7 @@ pub fn probe() -> Probe {
         Check { name: "madv_free", result: madv_free() },
     ]);
     let tracking_override = std::env::var_os(OVERRIDE).map(|value| value.to_string_lossy().into_owned());
-    Probe { checks, marked: Tracking::current().is_marked(), tracking_override }
+    Probe { checks, marked: Tracking::current().is_ok_and(|tracking| tracking.is_marked()), tracking_override }
 }
 
 /// The three ways to a userfaultfd, in the order in which quire tries them.

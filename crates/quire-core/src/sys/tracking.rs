@@ -29,20 +29,29 @@ pub(crate) fn lock() -> MutexGuard<'static, Option<Arc<Tracking>>> {
 }
 
 impl Tracking {
-    /// This process's tracker. A forked child gets its own: both descriptors belong to an address space.
-    #[must_use]
-    pub fn current() -> Arc<Self> {
-        Arc::clone(lock().get_or_insert_with(|| Arc::new(Self::choose())))
+    /// This process's tracker; an error only while no descriptor is left for it. A forked child gets its own: both descriptors belong to an address space.
+    pub fn current() -> Result<Arc<Self>> {
+        let mut current = lock();
+        if let Some(chosen) = &*current {
+            return Ok(Arc::clone(chosen));
+        }
+        Ok(Arc::clone(current.insert(Arc::new(Self::choose()?))))
     }
 
-    fn choose() -> Self {
+    /// The choice is for good, so a lack of descriptors, which may pass, must not decide it.
+    fn choose() -> Result<Self> {
+        let passing = |error: &Error| matches!(error.errno(), libc::EMFILE | libc::ENFILE);
         let forced = std::env::var_os(OVERRIDE).is_some_and(|value| value == "compare");
         if !forced {
-            if let Ok(tracking) = Self::try_marked() {
-                return tracking;
+            match Self::try_marked() {
+                Err(error) if !passing(&error) => {}
+                other => return other,
             }
         }
-        Self::Compare { pagemap: Pagemap::open().ok() }
+        match Pagemap::open() {
+            Err(error) if passing(&error) => Err(error),
+            opened => Ok(Self::Compare { pagemap: opened.ok() }),
+        }
     }
 
     /// Make a marked tracker and see it find exactly the one page written.
