@@ -16,6 +16,8 @@ LAYERS = [
     {"handover"},
     {"snapshot"},
     {"live", "segment"},
+    {"sources"},
+    {"region"},
     {"wire"},
     {"__init__"},
     {"demo", "doctor"},

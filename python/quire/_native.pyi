@@ -163,6 +163,9 @@ class Source:
     def size(self) -> int: ...
     def read(self, offset: int, length: int) -> bytes: ...
 
+def region_file(size: int) -> int:
+    """Make the file of a shared region; the descriptor is the caller's."""
+
 class Region:
     def __new__(
         cls,

@@ -172,3 +172,120 @@ fn a_budget_holds() {
     }
     assert!(region.figures().evictions > 300);
 }
+
+/// Run something in a forked child; returns its wait status.
+fn in_child(work: impl FnOnce() -> bool) -> i32 {
+    // SAFETY: the child touches memory of regions, which is what is tested, and leaves by _exit.
+    unsafe {
+        let pid = libc::fork();
+        assert!(pid >= 0);
+        if pid == 0 {
+            libc::alarm(20);
+            libc::_exit(i32::from(!work()));
+        }
+        let mut status = 0;
+        assert_eq!(libc::waitpid(pid, &raw mut status, 0), pid);
+        status
+    }
+}
+
+#[test]
+fn a_forked_child_reads_the_right_bytes() {
+    for backend in BACKENDS {
+        for quick in [true, false] {
+            let size = 50 * WINDOW as u64;
+            let region = Region::new(Numbers::new(size, quick), settings(backend, Discard::Kernel)).expect("made");
+            for at in (0..size / 2).step_by(PAGE) {
+                assert_eq!(peek(&region, at), byte(at));
+            }
+            let right = || (0..size).step_by(PAGE).all(|at| peek(&region, at) == byte(at));
+            let grandchild = || in_child(right) == 0 && right();
+            assert_eq!(in_child(right), 0, "{backend:?} {quick}");
+            assert_eq!(in_child(grandchild), 0, "{backend:?} {quick}");
+            assert!(right());
+        }
+    }
+}
+
+#[test]
+fn forking_while_others_touch() {
+    for backend in [Backend::Thread, Backend::Signal, Backend::Sigsegv] {
+        for quick in [true, false] {
+            let size = 300 * WINDOW as u64;
+            let region = Region::new(Numbers::new(size, quick), settings(backend, Discard::Kernel)).expect("made");
+            let done = AtomicBool::new(false);
+            std::thread::scope(|scope| {
+                let (region, done) = (&region, &done);
+                for thread in 0..2u64 {
+                    scope.spawn(move || {
+                        let mut at = thread;
+                        while !done.load(Ordering::Acquire) {
+                            at = (at * 1_103_515_245 + 12345) % size;
+                            assert_eq!(peek(region, at), byte(at));
+                            if at % 97 == 0 {
+                                region.discard(0, size).expect("discarded");
+                            }
+                        }
+                    });
+                }
+                for _ in 0..20 {
+                    let right = || (0..size).step_by(WINDOW).all(|at| peek(region, at) == byte(at));
+                    assert_eq!(in_child(right), 0, "{backend:?} {quick}");
+                }
+                done.store(true, Ordering::Release);
+            });
+        }
+    }
+}
+
+#[test]
+fn a_touch_that_cannot_be_served_ends_the_toucher() {
+    for (backend, signal) in
+        [(Backend::Thread, libc::SIGBUS), (Backend::Signal, libc::SIGBUS), (Backend::Sigsegv, libc::SIGSEGV)]
+    {
+        for quick in [true, false] {
+            let status = in_child(|| {
+                let source = Numbers::new(10 * WINDOW as u64, quick);
+                let region = Region::new(source.clone(), settings(backend, Discard::Kernel)).expect("made");
+                source.broken.store(true, Ordering::Release);
+                peek(&region, 0) == 0
+            });
+            assert!(libc::WIFSIGNALED(status) && libc::WTERMSIG(status) == signal, "{backend:?} {quick} {status:#x}");
+        }
+    }
+}
+
+#[test]
+fn a_store_to_a_region_is_a_fault_like_any_other() {
+    for backend in BACKENDS {
+        let status = in_child(|| {
+            let region =
+                Region::new(Numbers::new(WINDOW as u64, true), settings(backend, Discard::Kernel)).expect("made");
+            peek(&region, 0);
+            // SAFETY: a store to read-only memory ends this process, which is what is tested.
+            unsafe { (region.address() as *mut u8).write_volatile(0) };
+            true
+        });
+        assert!(libc::WIFSIGNALED(status) && libc::WTERMSIG(status) == libc::SIGSEGV, "{backend:?} {status:#x}");
+    }
+}
+
+#[test]
+fn a_poisoned_window_recovers_after_discard() {
+    let source = Numbers::new(10 * WINDOW as u64, true);
+    let region = Region::new(source.clone(), settings(Backend::Thread, Discard::Kernel)).expect("made");
+    source.broken.store(true, Ordering::Release);
+    let mut byte_read = [0u8; 1];
+    // A system call meets the poison as EFAULT or EHWPOISON and does not end the process.
+    let (from, to) = (region.address() as *mut libc::c_void, byte_read.as_mut_ptr().cast());
+    let local = libc::iovec { iov_base: to, iov_len: 1 };
+    let remote = libc::iovec { iov_base: from, iov_len: 1 };
+    // SAFETY: the kernel checks the remote range; the local one is a byte of ours.
+    let n = unsafe { libc::process_vm_readv(libc::getpid(), &raw const local, 1, &raw const remote, 1, 0) };
+    assert_eq!(n, -1);
+    assert!(matches!(region.read(0, &mut byte_read), Err(RegionError::Page(_))));
+    source.broken.store(false, Ordering::Release);
+    assert!(matches!(region.read(0, &mut byte_read), Err(RegionError::Page(_))), "stays failed until discarded");
+    assert_eq!(region.discard(0, region.size()).expect("discarded"), 1);
+    assert_eq!(peek(&region, 0), byte(0));
+}

@@ -24,6 +24,7 @@ fn _native(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add_class::<live::MirrorView>()?;
     module.add_class::<source::Source>()?;
     module.add_class::<region::Region>()?;
+    module.add_function(wrap_pyfunction!(region::region_file, module)?)?;
     module.add_function(wrap_pyfunction!(probe::probe, module)?)?;
     Ok(())
 }

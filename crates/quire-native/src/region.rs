@@ -2,13 +2,13 @@
 #![allow(unsafe_code)]
 
 use std::ffi::c_int;
-use std::os::fd::{AsRawFd, BorrowedFd};
+use std::os::fd::{AsRawFd, BorrowedFd, IntoRawFd};
 use std::sync::Arc;
 
 use pyo3::ffi;
 use pyo3::prelude::*;
 use pyo3::types::PyBytes;
-use quire_core::region::{Backend, Discard, Region as Core, RegionError, Settings};
+use quire_core::region::{Backend, Discard, Handle, Region as Core, RegionError, Settings};
 
 use crate::door::Door;
 use crate::errors::{PageError, Raised, Result, closed};
@@ -25,14 +25,14 @@ impl From<RegionError> for Raised {
 
 #[pyclass(subclass, weakref, module = "quire._native")]
 pub struct Region {
-    inner: std::sync::Mutex<Option<Arc<Core>>>,
+    inner: std::sync::Mutex<Option<Handle>>,
     door: Door,
 }
 
 impl Region {
     fn get(&self) -> Result<Arc<Core>> {
         let inner = self.inner.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
-        inner.clone().ok_or_else(|| closed("region"))
+        Ok(Arc::clone(inner.as_ref().ok_or_else(|| closed("region"))?))
     }
 }
 
@@ -53,6 +53,12 @@ fn discard(name: &str) -> Result<Discard> {
         "never" => Discard::Never,
         _ => return Err(quire_core::Error::Invalid(format!("no way to discard is called {name:?}")).into()),
     })
+}
+
+/// Make the file of a shared region; the descriptor is the caller's.
+#[pyfunction]
+pub fn region_file(size: u64) -> Result<i32> {
+    Ok(quire_core::region::shared_file(size)?.into_raw_fd())
 }
 
 #[pymethods]
@@ -218,11 +224,7 @@ impl Region {
     fn close(&self, py: Python<'_>) -> Result<()> {
         if self.door.shut()? {
             let region = self.inner.lock().unwrap_or_else(std::sync::PoisonError::into_inner).take();
-            py.detach(|| {
-                if let Some(region) = region {
-                    region.close();
-                }
-            });
+            py.detach(|| drop(region));
         }
         Ok(())
     }
@@ -245,14 +247,5 @@ impl Region {
     /// Called by CPython as `bf_releasebuffer`.
     unsafe fn __releasebuffer__(&self, _view: *mut ffi::Py_buffer) {
         self.door.release();
-    }
-}
-
-impl Drop for Region {
-    fn drop(&mut self) {
-        // Whatever is being filled is waited for, by nobody who holds the GIL for it: fills never need it.
-        if let Some(region) = self.inner.get_mut().unwrap_or_else(std::sync::PoisonError::into_inner).take() {
-            region.close();
-        }
     }
 }

@@ -40,6 +40,7 @@ impl Region {
     /// Fill a claimed window because it was touched, and what is worth filling with it.
     fn demand(self: &Arc<Self>, window: usize, started: Instant) {
         self.note_touch(window);
+        stats::add(&self.counters.faults, 1);
         let parallel = self.source.parallel_fills().max(1);
         let ahead = self.ahead.observe(window, (AHEAD * parallel / self.window).max(1));
         let (first, last) = self.around(window);

@@ -1,7 +1,7 @@
 //! Regions and fork: nothing is being filled while the process forks, and the child has its own missing pages at the same
 //! addresses before anything else runs there.
 
-use std::sync::{Mutex, MutexGuard, Once};
+use std::sync::{Mutex, MutexGuard, Once, Weak};
 
 use super::{handler, jobs, lock, pager, pressure, registry};
 use crate::Result;
@@ -37,6 +37,11 @@ extern "C" fn in_parent() {
 
 extern "C" fn in_child() {
     fork::release_guards();
+    // First of all, and without allocating: whatever is mapped from here on could take their addresses.
+    for region in registry::lock().values().filter_map(Weak::upgrade) {
+        // A failure is told below.
+        let _reclaimed = region.memory.reclaim();
+    }
     pager::enter_child();
     jobs::enter_child();
     handler::enter_child();

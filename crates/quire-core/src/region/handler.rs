@@ -8,7 +8,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicUsize, Ordering};
 use std::time::Instant;
 
-use super::{Backend, Claim, Failure, Outcome, Region, RegionError, jobs, registry};
+use super::{Backend, Claim, Failure, Outcome, Region, RegionError, jobs, registry, stats};
 use crate::Result;
 use crate::sys::area::{Access, Area};
 use crate::sys::fork::PerProcess;
@@ -54,6 +54,7 @@ impl Region {
             self.release(window, window + 1, Outcome::Unchanged)
         } else {
             self.note_touch(window);
+            stats::add(&self.counters.faults, 1);
             let ahead = self.ahead.observe(window, (AHEAD / self.window).max(1));
             let outcome = self.produce_in_pieces(window);
             if let Err(error) = outcome {

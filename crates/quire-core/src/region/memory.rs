@@ -1,13 +1,14 @@
 //! The memory of a region: how bytes get into it, out of it, and what a touch of a missing page does.
 
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::sync::atomic::{AtomicBool, Ordering};
 
-use crate::Result;
 use crate::pages::PAGE;
 use crate::region::pager;
 use crate::sys::area::{Access, Area, Sharing};
 use crate::sys::memfd;
 use crate::sys::uffd::{Copied, Uffd};
+use crate::{Error, Result};
 
 const PAGE_BYTES: usize = PAGE as usize;
 
@@ -30,6 +31,8 @@ pub struct Memory {
     behind: Behind,
     backend: Backend,
     access: Access,
+    /// A forked child did not get the addresses back: they belong to somebody else.
+    lost: AtomicBool,
 }
 
 enum Behind {
@@ -55,7 +58,7 @@ impl Memory {
             (None, _) => Behind::Pages,
         };
         let access = if executable { Access::ReadExecute } else { Access::Read };
-        let memory = Self { view, behind, backend, access };
+        let memory = Self { view, behind, backend, access, lost: AtomicBool::new(false) };
         memory.map()?;
         Ok(memory)
     }
@@ -231,14 +234,29 @@ impl Memory {
         }
     }
 
-    /// In a forked child: the same addresses again, all missing. What several processes share stays filled.
+    /// In a forked child: take the addresses back.
+    pub fn reclaim(&self) -> Result<()> {
+        if self.backend == Backend::Eager {
+            return Ok(());
+        }
+        self.lost.store(true, Ordering::Release);
+        if let Behind::Alias(_, alias) = &self.behind {
+            alias.reclaim()?;
+        }
+        self.view.reclaim()?;
+        self.lost.store(false, Ordering::Release);
+        Ok(())
+    }
+
+    /// In a forked child, after `reclaim`: all is missing. What several processes share stays filled.
     pub fn enter_child(&self) -> Result<()> {
         if self.backend == Backend::Eager {
             return Ok(());
         }
-        self.view.reclaim()?;
-        if let Behind::Alias(file, alias) = &self.behind {
-            alias.reclaim()?;
+        if self.lost.load(Ordering::Acquire) {
+            return Err(Error::Unsupported("its address was taken".to_owned()));
+        }
+        if let Behind::Alias(file, _) = &self.behind {
             let own = memfd::create(c"quire-region")?;
             memfd::truncate(own.as_fd(), self.view.len() as u64)?;
             memfd::replace(file.as_fd(), own)?;

@@ -18,12 +18,13 @@ mod stats;
 mod windows;
 
 use std::collections::HashMap;
-use std::os::fd::{BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use crate::pages::{PAGE, PageRange, push_merged};
 use crate::source::{Failure, Source};
+use crate::sys::memfd;
 use crate::{Error, Result};
 
 pub use memory::Backend;
@@ -115,6 +116,33 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
+/// The file of a shared region: its length is fixed for good, its content is anybody's who has it.
+pub fn shared_file(size: u64) -> Result<OwnedFd> {
+    let file = memfd::create(c"quire-region")?;
+    memfd::truncate(file.as_fd(), memory_len(size) as u64)?;
+    memfd::add_seals(file.as_fd(), SHARED_SEALS)?;
+    Ok(file)
+}
+
+const SHARED_SEALS: i32 = libc::F_SEAL_SHRINK | libc::F_SEAL_GROW | libc::F_SEAL_SEAL;
+
+/// Refuse a file that could shrink under us, or is not as long as the source.
+fn check_shared_file(file: BorrowedFd<'_>, size: u64) -> Result<()> {
+    let len = memfd::status(file)?.size;
+    let sealed = memfd::seals(file).is_some_and(|seals| seals & SHARED_SEALS == SHARED_SEALS);
+    if !sealed || !memfd::is_tmpfs(file) || len != memory_len(size) as u64 {
+        return Err(Error::Malformed(format!(
+            "a file of {len} bytes is not that of a shared region of {size} bytes, or is not sealed as such"
+        )));
+    }
+    Ok(())
+}
+
+/// Bytes of memory that a source of `size` bytes takes: whole pages, and one at least.
+fn memory_len(size: u64) -> usize {
+    size.next_multiple_of(PAGE).max(PAGE) as usize
+}
+
 fn zeros(count: usize) -> Box<[AtomicU32]> {
     let mut numbers = Vec::new();
     numbers.resize_with(count, AtomicU32::default);
@@ -123,7 +151,7 @@ fn zeros(count: usize) -> Box<[AtomicU32]> {
 
 impl Region {
     /// Make a region of a source. Nothing is filled yet, except by `Backend::Eager`.
-    pub fn new(source: Arc<dyn Source>, settings: Settings) -> std::result::Result<Arc<Self>, RegionError> {
+    pub fn new(source: Arc<dyn Source>, settings: Settings) -> std::result::Result<Handle, RegionError> {
         let size = source.size();
         let mut window = settings.window_bytes;
         if !window.is_power_of_two() || !(MIN_WINDOW..=MAX_WINDOW).contains(&window) {
@@ -141,8 +169,10 @@ impl Region {
         if settings.backend == Backend::Eager {
             crate::sys::memory::ensure(size, "filling a region at once")?;
         }
-        let len = size.next_multiple_of(PAGE).max(PAGE) as usize;
-        let memory = Memory::new(len, settings.backend, settings.shared, settings.executable)?;
+        if let Some(file) = &settings.shared {
+            check_shared_file(file.as_fd(), size)?;
+        }
+        let memory = Memory::new(memory_len(size), settings.backend, settings.shared, settings.executable)?;
         let discard = match settings.discard {
             Discard::Kernel if !memory.can_free_lazily() => Discard::Never,
             Discard::Pressure if !memory.can_be_taken() => Discard::Never,
@@ -180,7 +210,7 @@ impl Region {
                 pressure::watch();
             }
         }
-        Ok(region)
+        Ok(Handle(region))
     }
 
     #[must_use]
@@ -436,8 +466,7 @@ impl Region {
         touched.into_iter().map(|(_, window)| window).collect()
     }
 
-    /// Give everything back. No views may be left; whatever is being filled is waited for.
-    pub fn close(&self) {
+    fn close(&self) {
         if !self.closed.swap(true, Ordering::AcqRel) {
             let _no_fork = fork::closing();
             registry::remove(self.address());
@@ -446,8 +475,20 @@ impl Region {
     }
 }
 
-impl Drop for Region {
+/// The owner's hold on a region. Dropped, it waits for what is being filled, and lets nothing be filled any more.
+///
+/// Threads that fill hold the region too, but do not close it: that waits for a fork, which waits for them.
+pub struct Handle(Arc<Region>);
+
+impl std::ops::Deref for Handle {
+    type Target = Arc<Region>;
+    fn deref(&self) -> &Arc<Region> {
+        &self.0
+    }
+}
+
+impl Drop for Handle {
     fn drop(&mut self) {
-        self.close();
+        self.0.close();
     }
 }

@@ -30,7 +30,7 @@ static SIGNAL: PerProcess<Uffd> = PerProcess::new();
 pub fn thread_uffd() -> Result<&'static Uffd> {
     let pager = PAGER.get_or_make(|| {
         Ok(Pager {
-            uffd: Uffd::open(uffd::FEATURE_MISSING_SHMEM)?,
+            uffd: open(uffd::FEATURE_MISSING_SHMEM)?,
             leader: Mutex::new(()),
             threads: AtomicUsize::new(0),
             spare: AtomicUsize::new(0),
@@ -41,7 +41,16 @@ pub fn thread_uffd() -> Result<&'static Uffd> {
 
 /// The userfaultfd whose touches raise SIGBUS.
 pub fn signal_uffd() -> Result<&'static Uffd> {
-    SIGNAL.get_or_make(|| Uffd::open(uffd::FEATURE_MISSING_SHMEM | uffd::FEATURE_SIGBUS))
+    SIGNAL.get_or_make(|| open(uffd::FEATURE_MISSING_SHMEM | uffd::FEATURE_SIGBUS))
+}
+
+fn open(features: u64) -> Result<Uffd> {
+    Uffd::open(features).map_err(|error| {
+        Error::Unsupported(format!(
+            "{error}: this user may not use userfaultfd; access to /dev/userfaultfd, CAP_SYS_PTRACE or \
+             vm.unprivileged_userfaultfd=1 allows it, and a seccomp filter may forbid it"
+        ))
+    })
 }
 
 /// Make sure that touches of a region are served from now on.

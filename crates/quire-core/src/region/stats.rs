@@ -41,8 +41,8 @@ pub fn add(counter: &AtomicU64, n: u64) {
 }
 
 impl Counters {
+    /// A touch was served.
     pub fn served(&self, took: Duration) {
-        add(&self.faults, 1);
         let micros = u64::try_from(took.as_micros()).unwrap_or(u64::MAX);
         let bucket = (u64::BITS - micros.leading_zeros()) as usize;
         add(&self.latency[bucket.min(BUCKETS - 1)], 1);
