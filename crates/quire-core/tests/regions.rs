@@ -73,7 +73,7 @@ fn every_backend_shows_the_source() {
     for backend in BACKENDS {
         for quick in [true, false] {
             for size in [1, PAGE as u64, 3 * WINDOW as u64 + 5, 100 * WINDOW as u64] {
-                let region = Region::new(Numbers::new(size, quick), settings(backend, Discard::Kernel)).expect("made");
+                let region = Region::open(Numbers::new(size, quick), settings(backend, Discard::Kernel)).expect("made");
                 for at in (0..size).rev().step_by(1777) {
                     assert_eq!(peek(&region, at), byte(at), "{backend:?} {quick} {size} {at}");
                 }
@@ -89,7 +89,7 @@ fn every_backend_shows_the_source() {
 fn only_what_is_touched_is_produced() {
     for backend in [Backend::Thread, Backend::Signal, Backend::Sigsegv] {
         let source = Numbers::new(1 << 32, true);
-        let region = Region::new(source.clone(), settings(backend, Discard::Kernel)).expect("made");
+        let region = Region::open(source.clone(), settings(backend, Discard::Kernel)).expect("made");
         for at in [0, 1 << 20, 1 << 30, (1 << 32) - 1] {
             assert_eq!(peek(&region, at), byte(at));
         }
@@ -103,7 +103,7 @@ fn many_threads_see_the_same() {
     for backend in [Backend::Thread, Backend::Signal, Backend::Sigsegv] {
         for quick in [true, false] {
             let size = 200 * WINDOW as u64;
-            let region = Region::new(Numbers::new(size, quick), settings(backend, Discard::Kernel)).expect("made");
+            let region = Region::open(Numbers::new(size, quick), settings(backend, Discard::Kernel)).expect("made");
             std::thread::scope(|scope| {
                 for thread in 0..4u64 {
                     let region = &region;
@@ -127,7 +127,7 @@ fn many_threads_see_the_same() {
 fn a_failure_is_told_and_can_be_tried_again() {
     for backend in [Backend::Thread, Backend::Signal, Backend::Sigsegv] {
         let source = Numbers::new(10 * WINDOW as u64, true);
-        let region = Region::new(source.clone(), settings(backend, Discard::Kernel)).expect("made");
+        let region = Region::open(source.clone(), settings(backend, Discard::Kernel)).expect("made");
         assert_eq!(peek(&region, 0), byte(0));
         source.broken.store(true, Ordering::Release);
         let mut part = [0; 100];
@@ -143,7 +143,7 @@ fn a_failure_is_told_and_can_be_tried_again() {
 fn pins_keep_pages() {
     for backend in [Backend::Thread, Backend::Signal, Backend::Sigsegv] {
         let region =
-            Region::new(Numbers::new(10 * WINDOW as u64, true), settings(backend, Discard::Kernel)).expect("made");
+            Region::open(Numbers::new(10 * WINDOW as u64, true), settings(backend, Discard::Kernel)).expect("made");
         peek(&region, 0);
         region.pin(10, 2 * WINDOW as u64).expect("pinned");
         region.discard(0, region.size()).expect("discarded");
@@ -161,7 +161,7 @@ fn a_budget_holds() {
     let size = 400 * WINDOW as u64;
     let mut settings = settings(Backend::Thread, Discard::Pressure);
     settings.budget_bytes = Some(size / 10);
-    let region = Region::new(Numbers::new(size, true), settings).expect("made");
+    let region = Region::open(Numbers::new(size, true), settings).expect("made");
     for round in 0..2 {
         for at in (0..size).step_by(PAGE) {
             assert_eq!(peek(&region, at), byte(at), "{round}");
@@ -194,7 +194,7 @@ fn a_forked_child_reads_the_right_bytes() {
     for backend in BACKENDS {
         for quick in [true, false] {
             let size = 50 * WINDOW as u64;
-            let region = Region::new(Numbers::new(size, quick), settings(backend, Discard::Kernel)).expect("made");
+            let region = Region::open(Numbers::new(size, quick), settings(backend, Discard::Kernel)).expect("made");
             for at in (0..size / 2).step_by(PAGE) {
                 assert_eq!(peek(&region, at), byte(at));
             }
@@ -212,7 +212,7 @@ fn forking_while_others_touch() {
     for backend in [Backend::Thread, Backend::Signal, Backend::Sigsegv] {
         for quick in [true, false] {
             let size = 300 * WINDOW as u64;
-            let region = Region::new(Numbers::new(size, quick), settings(backend, Discard::Kernel)).expect("made");
+            let region = Region::open(Numbers::new(size, quick), settings(backend, Discard::Kernel)).expect("made");
             let done = AtomicBool::new(false);
             std::thread::scope(|scope| {
                 let (region, done) = (&region, &done);
@@ -246,7 +246,7 @@ fn a_touch_that_cannot_be_served_ends_the_toucher() {
         for quick in [true, false] {
             let status = in_child(|| {
                 let source = Numbers::new(10 * WINDOW as u64, quick);
-                let region = Region::new(source.clone(), settings(backend, Discard::Kernel)).expect("made");
+                let region = Region::open(source.clone(), settings(backend, Discard::Kernel)).expect("made");
                 source.broken.store(true, Ordering::Release);
                 peek(&region, 0) == 0
             });
@@ -260,7 +260,7 @@ fn a_store_to_a_region_is_a_fault_like_any_other() {
     for backend in BACKENDS {
         let status = in_child(|| {
             let region =
-                Region::new(Numbers::new(WINDOW as u64, true), settings(backend, Discard::Kernel)).expect("made");
+                Region::open(Numbers::new(WINDOW as u64, true), settings(backend, Discard::Kernel)).expect("made");
             peek(&region, 0);
             // SAFETY: a store to read-only memory ends this process, which is what is tested.
             unsafe { (region.address() as *mut u8).write_volatile(0) };
@@ -273,7 +273,7 @@ fn a_store_to_a_region_is_a_fault_like_any_other() {
 #[test]
 fn a_poisoned_window_recovers_after_discard() {
     let source = Numbers::new(10 * WINDOW as u64, true);
-    let region = Region::new(source.clone(), settings(Backend::Thread, Discard::Kernel)).expect("made");
+    let region = Region::open(source.clone(), settings(Backend::Thread, Discard::Kernel)).expect("made");
     source.broken.store(true, Ordering::Release);
     let mut byte_read = [0u8; 1];
     // A system call meets the poison as EFAULT or EHWPOISON and does not end the process.

@@ -97,7 +97,7 @@ impl Region {
             budget_bytes,
         };
         let source = Arc::clone(&source.inner);
-        let region = py.detach(|| Core::new(source, settings))?;
+        let region = py.detach(|| Core::open(source, settings))?;
         let door = Door::new("region", region.address(), region.size());
         Ok(Self { inner: std::sync::Mutex::new(Some(region)), door })
     }

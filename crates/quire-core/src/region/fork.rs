@@ -39,8 +39,10 @@ extern "C" fn in_child() {
     fork::release_guards();
     // First of all, and without allocating: whatever is mapped from here on could take their addresses.
     for region in registry::lock().values().filter_map(Weak::upgrade) {
-        // A failure is told below.
-        let _reclaimed = region.memory.reclaim();
+        if region.memory.reclaim().is_err() {
+            // Told below. Never dropped: that would unmap what is somebody else's now.
+            std::mem::forget(region);
+        }
     }
     pager::enter_child();
     jobs::enter_child();

@@ -151,7 +151,7 @@ fn zeros(count: usize) -> Box<[AtomicU32]> {
 
 impl Region {
     /// Make a region of a source. Nothing is filled yet, except by `Backend::Eager`.
-    pub fn new(source: Arc<dyn Source>, settings: Settings) -> std::result::Result<Handle, RegionError> {
+    pub fn open(source: Arc<dyn Source>, settings: Settings) -> std::result::Result<Handle, RegionError> {
         let size = source.size();
         let mut window = settings.window_bytes;
         if !window.is_power_of_two() || !(MIN_WINDOW..=MAX_WINDOW).contains(&window) {
