@@ -12,7 +12,7 @@ LAYERS = [
     {"errors"},
     {"_native"},
     {"advice", "arrays", "closing", "locks", "messages", "ranges"},
-    {"capabilities", "transport"},
+    {"capabilities", "purgeable", "transport"},
     {"handover"},
     {"snapshot"},
     {"live", "segment"},

@@ -29,6 +29,7 @@ from quire.segment import Segment
 from quire.snapshot import Mapping, Snapshot, load
 
 if TYPE_CHECKING:
+    from quire.purgeable import Purgeable, PurgeableCache
     from quire.wire import Channel, recv, send
 
     __version__: str
@@ -44,6 +45,8 @@ __all__ = [
     "Mirror",
     "NotImmutable",
     "PageError",
+    "Purgeable",
+    "PurgeableCache",
     "QuireError",
     "QuotaExceeded",
     "Ranges",
@@ -66,6 +69,10 @@ def __getattr__(name: str) -> Any:
         from quire import wire
 
         value: Any = getattr(wire, name)
+    elif name in ("Purgeable", "PurgeableCache"):
+        from quire import purgeable
+
+        value = getattr(purgeable, name)
     elif name == "__version__":
         from importlib.metadata import version
 

@@ -12,6 +12,10 @@ pub trait ForkAware: Send {
     fn before_fork(&mut self);
     /// Called in the child, before anything else runs there.
     fn enter_child(&mut self);
+    /// Whether the child's copy is as good as the original, so that forks of the child are told of it too.
+    fn lives_on_in_child(&self) -> bool {
+        false
+    }
 }
 
 type Member = Weak<Mutex<dyn ForkAware>>;
@@ -61,6 +65,10 @@ extern "C" fn in_child() {
     *hold::lock() = hold::Synchronous::default();
     let inherited: Vec<Arc<Mutex<dyn ForkAware>>> = members().drain(..).filter_map(|weak| weak.upgrade()).collect();
     for one in inherited {
-        one.lock().unwrap_or_else(PoisonError::into_inner).enter_child();
+        let mut locked = one.lock().unwrap_or_else(PoisonError::into_inner);
+        locked.enter_child();
+        if locked.lives_on_in_child() {
+            members().push(Arc::downgrade(&one));
+        }
     }
 }

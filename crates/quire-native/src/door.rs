@@ -16,9 +16,12 @@ struct State {
     len: u64,
     views: usize,
     open: bool,
+    /// Why no view may be taken for now.
+    barred: Option<&'static str>,
 }
 
-/// Counts exported buffers of one piece of memory. Only used with the GIL held, so its lock never waits long.
+/// Counts exported buffers of one piece of memory. Nobody waits for anything while using it, so its lock never waits
+/// long.
 #[derive(Debug)]
 pub struct Door {
     what: &'static str,
@@ -27,7 +30,7 @@ pub struct Door {
 
 impl Door {
     pub fn new(what: &'static str, address: usize, len: u64) -> Self {
-        Self { what, state: Mutex::new(State { address, len, views: 0, open: true }) }
+        Self { what, state: Mutex::new(State { address, len, views: 0, open: true, barred: None }) }
     }
 
     fn lock(&self) -> std::sync::MutexGuard<'_, State> {
@@ -71,6 +74,23 @@ impl Door {
         Ok(std::mem::replace(&mut state.open, false))
     }
 
+    /// Refuse views until `unbar`, with this reason. Fails while views are out.
+    pub fn bar(&self, reason: &'static str) -> quire_core::Result<()> {
+        let mut state = self.lock();
+        if state.views > 0 {
+            return Err(quire_core::Error::Exported(format!(
+                "{} exported views of the {} exist (arrays or memoryviews); delete them first",
+                state.views, self.what
+            )));
+        }
+        state.barred = Some(reason);
+        Ok(())
+    }
+
+    pub fn unbar(&self) {
+        self.lock().barred = None;
+    }
+
     /// Fill in a Py_buffer for `owner`.
     ///
     /// # Safety
@@ -86,6 +106,9 @@ impl Door {
         let mut state = self.lock();
         if !state.open {
             return Err(closed(self.what).into());
+        }
+        if let Some(reason) = state.barred {
+            return Err(PyBufferError::new_err(reason));
         }
         let len = isize::try_from(state.len).map_err(|_| PyBufferError::new_err("too large for a buffer"))?;
         // SAFETY: the view is CPython's; address and length describe memory that the caller keeps mapped.

@@ -5,6 +5,7 @@ mod errors;
 mod live;
 mod mapping;
 mod probe;
+mod purgeable;
 mod region;
 mod segment;
 mod snapshot;
@@ -23,6 +24,10 @@ fn _native(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add_class::<live::WritableAlias>()?;
     module.add_class::<live::MirrorView>()?;
     module.add_class::<source::Source>()?;
+    module.add_class::<purgeable::Purgeable>()?;
+    module.add_class::<purgeable::PurgeableStore>()?;
+    module.add_class::<purgeable::PurgeableEntry>()?;
+    module.add_function(wrap_pyfunction!(purgeable::available_bytes, module)?)?;
     module.add_class::<region::Region>()?;
     module.add_function(wrap_pyfunction!(region::region_file, module)?)?;
     module.add_function(wrap_pyfunction!(probe::probe, module)?)?;

@@ -1,6 +1,7 @@
 //! Address space that this process owns: reserved, mapped piece by piece, given back on drop.
 #![allow(unsafe_code)]
 
+use std::mem::MaybeUninit;
 use std::os::fd::{AsRawFd, BorrowedFd};
 
 use crate::{Error, Result};
@@ -77,7 +78,7 @@ impl Area {
         self.len == 0
     }
 
-    fn at(&self, offset: usize, len: usize) -> *mut libc::c_void {
+    pub(super) fn at(&self, offset: usize, len: usize) -> *mut libc::c_void {
         assert!(offset <= self.len && len <= self.len - offset, "mapping outside its area");
         (self.addr + offset) as *mut libc::c_void
     }
@@ -184,7 +185,8 @@ impl Area {
         if len == 0 {
             return true;
         }
-        // SAFETY: the range is ours; the advices used (NOHUGEPAGE, POPULATE_READ) change no content.
+        // SAFETY: the range is ours; the advices used (NOHUGEPAGE, POPULATE_READ, and DONTNEED for pages that nobody
+        // needs or that read zero) change no content that counts.
         unsafe { libc::madvise(self.at(offset, len), len, advice) == 0 }
     }
 
@@ -235,6 +237,13 @@ impl Area {
         let at = self.at(offset, len).cast::<u8>();
         // SAFETY: mapped writable, never exported, and lent to one at a time: the caller's two duties.
         work(unsafe { std::slice::from_raw_parts_mut(at, len) })
+    }
+
+    /// Copy bytes out. The range must be mapped readable.
+    pub fn load(&self, offset: usize, to: &mut [MaybeUninit<u8>]) {
+        let from = self.at(offset, to.len()).cast::<MaybeUninit<u8>>().cast_const();
+        // SAFETY: both are valid for the length and cannot overlap, since no Rust slice lies in the area.
+        unsafe { std::ptr::copy_nonoverlapping(from, to.as_mut_ptr(), to.len()) };
     }
 
     /// Whether a whole page reads zero. The page must be mapped readable.

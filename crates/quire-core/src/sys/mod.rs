@@ -4,6 +4,7 @@ pub mod area;
 pub mod fork;
 pub mod futex;
 pub mod hold;
+pub mod lazyfree;
 pub mod memfd;
 pub mod memory;
 pub mod pagemap;
