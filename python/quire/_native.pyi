@@ -159,8 +159,28 @@ def probe() -> dict[str, Any]:
 
 @final
 class Source:
+    """What a region shows. Failures of the bytes are PageError."""
+
+    @staticmethod
+    def file(fd: int, offset: int = 0, length: int | None = None) -> Source:
+        """A range of a file; None means up to its end. The descriptor is duplicated. ValueError if outside."""
+    @staticmethod
+    def buffer(obj: Buffer) -> Source:
+        """The bytes of a contiguous buffer, which is held as long as the source lives."""
+    @staticmethod
+    def snapshot(snapshot: Snapshot) -> Source: ...
+    def slice(self, offset: int, length: int) -> Source:
+        """A range of raw bytes. This and the codecs need a source that is not decoded already (ValueError)."""
+    def deflate(self, size: int, crc: int, cache: str | bytes | None = None) -> Source:
+        """Raw deflate data of known length and CRC-32; ``cache`` is a directory for what a first pass finds."""
+    def gzip(self, cache: str | bytes | None = None) -> Source:
+        """Reads all of it to learn its length, unless the cache knows it. Blocks; Ctrl-C interrupts it."""
+    def zstd(self, cache: str | bytes | None = None) -> Source:
+        """Reads all of it only if a frame does not say its length and the cache does not know it."""
     @property
     def size(self) -> int: ...
+    def unit(self, offset: int) -> tuple[int, int]:
+        """The range that is produced together with this byte, half-open; empty if any is as good."""
     def read(self, offset: int, length: int) -> bytes: ...
 
 def region_file(size: int) -> int:

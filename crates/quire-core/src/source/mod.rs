@@ -3,6 +3,24 @@
 //! Two layers. `ReadAt` is raw bytes with random access: a part of a file, memory, something remote. `Source` is what a
 //! region shows: raw bytes as they are, or what a codec makes of them. Neither knows who asks, nor where the bytes go.
 
+mod checkpoint;
+mod deflate;
+mod file;
+mod frames;
+mod inflate;
+mod kept;
+mod memory;
+mod snapshot;
+mod stream;
+mod zstd;
+
+pub use checkpoint::Cache;
+pub use deflate::{Deflate, Gzip};
+pub use file::File;
+pub use memory::Memory;
+pub use snapshot::SnapshotBytes;
+pub use zstd::Zstd;
+
 use std::fmt;
 use std::ops::Range;
 use std::sync::Arc;
@@ -75,6 +93,63 @@ pub trait ReadAt: Send + Sync {
     /// Called in a forked child before anything else runs there, with no read under way. Only notes may be taken:
     /// connections and threads are the parent's.
     fn enter_child(&self) {}
+
+    /// What names these very bytes to every process, as long as they do not change; None where nothing does. What was
+    /// learned of them is kept under it.
+    fn identity(&self) -> Option<[u8; 32]> {
+        None
+    }
+}
+
+/// A range of other raw bytes.
+pub struct Slice<R> {
+    inner: R,
+    start: u64,
+    length: u64,
+}
+
+impl<R: ReadAt> Slice<R> {
+    /// # Errors
+    /// The range does not lie within `inner`.
+    pub fn new(inner: R, start: u64, length: u64) -> crate::Result<Self> {
+        if start.checked_add(length).is_none_or(|end| end > inner.size()) {
+            return Err(crate::Error::Invalid(format!(
+                "bytes {start} to {start}+{length} are outside {} bytes",
+                inner.size()
+            )));
+        }
+        Ok(Self { inner, start, length })
+    }
+}
+
+impl<R: ReadAt> ReadAt for Slice<R> {
+    fn size(&self) -> u64 {
+        self.length
+    }
+
+    fn read_at(&self, offset: u64, into: &mut [u8]) -> Filled {
+        self.inner.read_at(self.start + offset, into)
+    }
+
+    fn is_signal_safe(&self) -> bool {
+        self.inner.is_signal_safe()
+    }
+
+    fn parallel_reads(&self) -> usize {
+        self.inner.parallel_reads()
+    }
+
+    fn enter_child(&self) {
+        self.inner.enter_child();
+    }
+
+    fn identity(&self) -> Option<[u8; 32]> {
+        let inner = self.inner.identity()?;
+        let mut hasher = blake3::Hasher::new();
+        hasher.update(b"slice").update(&inner);
+        hasher.update(&self.start.to_le_bytes()).update(&self.length.to_le_bytes());
+        Some(*hasher.finalize().as_bytes())
+    }
 }
 
 /// What a region shows. Called from any thread, several at once, never with the GIL held.
@@ -150,5 +225,9 @@ impl<R: ReadAt + ?Sized> ReadAt for Arc<R> {
 
     fn enter_child(&self) {
         (**self).enter_child();
+    }
+
+    fn identity(&self) -> Option<[u8; 32]> {
+        (**self).identity()
     }
 }

@@ -1,6 +1,7 @@
 //! The kernel, one file per facility. Nothing above this module makes a system call.
 
 pub mod area;
+pub mod file;
 pub mod fork;
 pub mod futex;
 pub mod hold;
@@ -15,3 +16,4 @@ pub mod signals;
 pub mod sysv;
 pub mod tracking;
 pub mod uffd;
+pub mod user;
