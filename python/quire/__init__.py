@@ -30,15 +30,30 @@ from quire.snapshot import Mapping, Snapshot, load
 
 if TYPE_CHECKING:
     from quire.purgeable import Purgeable, PurgeableCache
+    from quire.region import Region, RegionStats
+    from quire.region import open_region as open  # noqa: A004
+    from quire.sources import (
+        BytesSource,
+        FileSource,
+        GzipSource,
+        SnapshotSource,
+        Source,
+        ZipSource,
+        ZstdSource,
+        open_source,
+    )
     from quire.wire import Channel, recv, send
 
     __version__: str
 
 __all__ = [
     "PAGE_SIZE",
+    "BytesSource",
     "Channel",
     "Conflict",
+    "FileSource",
     "ForkedError",
+    "GzipSource",
     "LiveSegment",
     "Malformed",
     "Mapping",
@@ -50,33 +65,58 @@ __all__ = [
     "QuireError",
     "QuotaExceeded",
     "Ranges",
+    "Region",
+    "RegionStats",
     "Revoked",
     "Segment",
     "Snapshot",
+    "SnapshotSource",
+    "Source",
     "Stalled",
     "Unsupported",
+    "ZipSource",
+    "ZstdSource",
     "__version__",
     "capabilities",
     "load",
+    "open",
+    "open_source",
     "recv",
     "send",
 ]
 
 
+_LATER = {
+    "purgeable": ("Purgeable", "PurgeableCache"),
+    "region": ("Region", "RegionStats"),
+    "sources": (
+        "BytesSource",
+        "FileSource",
+        "GzipSource",
+        "SnapshotSource",
+        "Source",
+        "ZipSource",
+        "ZstdSource",
+        "open_source",
+    ),
+    "wire": ("Channel", "recv", "send"),
+}
+_HOMES = {name: (module, name) for module, names in _LATER.items() for name in names}
+# A module whose own `open` were shadowed would be a trap, so it has another name at home.
+_HOMES["open"] = ("region", "open_region")
+
+
 def __getattr__(name: str) -> Any:
-    """Import on first use what would make ``import quire`` slow: sockets, and the package's metadata."""
-    if name in ("Channel", "recv", "send"):
-        from quire import wire
-
-        value: Any = getattr(wire, name)
-    elif name in ("Purgeable", "PurgeableCache"):
-        from quire import purgeable
-
-        value = getattr(purgeable, name)
-    elif name == "__version__":
+    """Import on first use what would make ``import quire`` slow: sockets, archives, metadata."""
+    if name == "__version__":
         from importlib.metadata import version
 
-        value = version("quire")
+        value: Any = version("quire")
+    elif name in _HOMES:
+        from importlib import import_module
+
+        module, at_home = _HOMES[name]
+        value = getattr(import_module(f"quire.{module}"), at_home)
     else:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     globals()[name] = value
