@@ -110,8 +110,8 @@ def test_any_order_by_any_threads(
     wrong: list[str] = []
 
     def work(number: int) -> None:
-        for offset, length in reads[number:] + reads[:number]:
-            length = min(length, len(BIG) - offset)
+        for offset, wanted in reads[number:] + reads[:number]:
+            length = min(wanted, len(BIG) - offset)
             try:
                 if source.read(offset, length) != BIG[offset : offset + length]:
                     wrong.append(f"{length} bytes at {offset}")
@@ -192,7 +192,7 @@ def test_gzip_verifies_every_member(tmp_path: Path) -> None:
     for at in (-8, -4, len(two) // 2 - 8, len(two) // 2 - 4):
         bad = bytearray(two)
         bad[at] ^= 1
-        with pytest.raises(PageError, match="CRC|length"):
+        with pytest.raises(PageError, match=r"CRC|length"):
             sources.GzipSource(written(tmp_path / "file", bytes(bad)))
 
 
@@ -273,7 +273,7 @@ def test_the_cache_spares_the_first_pass(own_cache: Path, tmp_path: Path) -> Non
     with sources.GzipSource(path) as source:
         assert source.size == len(BIG)
         assert source.read(3 * MIB, MIB) == BIG[3 * MIB : 4 * MIB]
-        with pytest.raises(PageError, match="CRC|invalid"):
+        with pytest.raises(PageError, match=r"CRC|invalid"):
             source.read(len(BIG) - 10, 10)
     assert index.read_bytes() == before
     # The same damage with another mtime is another file.

@@ -108,9 +108,11 @@ def test_zip64_and_streamed_archives(tmp_path: Path) -> None:
 
 def test_names(tmp_path: Path) -> None:
     path = tmp_path / "a.zip"
-    with zipfile.ZipFile(path, "w") as out, pytest.warns(UserWarning, match="Duplicate"):
-        for name, data in [("../../up", b"1"), ("twice", b"2"), ("twice", b"3"), ("ü/ñ", b"4"), ("d/", b"")]:
+    with zipfile.ZipFile(path, "w") as out:
+        for name, data in [("../../up", b"1"), ("twice", b"2"), ("ü/ñ", b"4"), ("d/", b"")]:
             out.writestr(name, data)
+        with pytest.warns(UserWarning, match="Duplicate"):
+            out.writestr("twice", b"3")
     for name, data in [("../../up", b"1"), ("twice", b"3"), ("ü/ñ", b"4")]:
         assert sources.ZipSource(path, name).read() == data
     with pytest.raises(FileNotFoundError, match="did you mean 'twice'"):
@@ -164,7 +166,6 @@ def test_a_directory_that_lies_is_found_out(field: int, change: int, tmp_path: P
     with sources.ZipSource(path, "dir/member") as source:
         assert source.read(0, 100) == DATA[:100]
         with pytest.raises(PageError):
-            source.read(min(source.size, len(DATA)) - 10, 10)
             source.read(source.size - 1, 1)
         # What failed its verification is not believed any more.
         with pytest.raises(PageError):

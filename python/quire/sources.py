@@ -234,7 +234,8 @@ class ZstdSource(_OnFile):
     """A zstandard file, decompressed: with a seek table, or of several frames, or one.
 
     Frames of at most 4 MiB are decoded on their own. A longer one is decoded forwards; going back in it
-    starts it again. Opening reads all of it if a frame does not say its length and the cache does not know it.
+    starts it again. Opening reads all of it if a frame does not say its length and the cache does not know
+    it.
 
     Args:
         path: A regular file, which must not change while the source is used.
@@ -299,8 +300,8 @@ class ZipSource(_OnFile):
 
     The directory is read with the standard `zipfile`, so that zip64, bytes before and after the archive and
     repeated names (the last counts) are treated as there. Nothing is written anywhere, so names with ``..``
-    are names like any other. A deflated or zstandard member's CRC-32 or length is verified as ``docs/sources.md``
-    tells; a stored member's CRC-32 is not, see there.
+    are names like any other. What is verified of a member, and when, is told in ``docs/sources.md``; a stored
+    member's CRC-32 is not.
 
     Args:
         archive: Path of the archive, which must not change while the source is used.
