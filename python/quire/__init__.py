@@ -30,8 +30,7 @@ from quire.snapshot import Mapping, Snapshot, load
 
 if TYPE_CHECKING:
     from quire.purgeable import Purgeable, PurgeableCache
-    from quire.region import Region, RegionStats
-    from quire.region import open_region as open  # noqa: A004
+    from quire.region import Region, RegionStats, open  # noqa: A004
     from quire.sources import (
         BytesSource,
         FileSource,
@@ -88,7 +87,7 @@ __all__ = [
 
 _LATER = {
     "purgeable": ("Purgeable", "PurgeableCache"),
-    "region": ("Region", "RegionStats"),
+    "region": ("Region", "RegionStats", "open"),
     "sources": (
         "BytesSource",
         "FileSource",
@@ -101,9 +100,7 @@ _LATER = {
     ),
     "wire": ("Channel", "recv", "send"),
 }
-_HOMES = {name: (module, name) for module, names in _LATER.items() for name in names}
-# A module whose own `open` were shadowed would be a trap, so it has another name at home.
-_HOMES["open"] = ("region", "open_region")
+_HOMES = {name: module for module, names in _LATER.items() for name in names}
 
 
 def __getattr__(name: str) -> Any:
@@ -115,8 +112,7 @@ def __getattr__(name: str) -> Any:
     elif name in _HOMES:
         from importlib import import_module
 
-        module, at_home = _HOMES[name]
-        value = getattr(import_module(f"quire.{module}"), at_home)
+        value = getattr(import_module(f"quire.{_HOMES[name]}"), name)
     else:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     globals()[name] = value

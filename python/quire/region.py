@@ -9,23 +9,23 @@ import contextlib
 import operator
 import os
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, NoReturn, Self, get_args
+from typing import TYPE_CHECKING, Any, Literal, Self, cast, get_args
 
 from quire import _native
 from quire.arrays import ArrayViews
 from quire.closing import Closing
 from quire.errors import Malformed, Unsupported
 from quire.ranges import Ranges
+from quire.snapshot import Snapshot
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
     from typing_extensions import Buffer
 
-    from quire.snapshot import Snapshot
     from quire.sources import Source
 
-__all__ = ["Discard", "Faults", "Region", "RegionStats", "open_region"]
+__all__ = ["Discard", "Faults", "Region", "RegionStats", "open"]
 
 Discard = Literal["kernel", "pressure", "never"]
 Faults = Literal["auto", "thread", "signal", "sigsegv", "eager"]
@@ -116,9 +116,7 @@ class Region(ArrayViews, Closing, _native.Region):
         _check_options(discard, faults, budget_bytes)
         owned, opened = _as_source(source)
         try:
-            self = cls._make(
-                opened, None, shared, window_bytes, discard, faults, executable, budget_bytes
-            )
+            self = cls._make(opened, None, shared, window_bytes, discard, faults, executable, budget_bytes)
         except BaseException:
             if owned:
                 opened.close()
@@ -174,7 +172,9 @@ class Region(ArrayViews, Closing, _native.Region):
         """The source's name, as messages show it."""
         return self._source.name
 
-    def pin(self, offset: int = 0, length: int | None = None) -> contextlib.AbstractContextManager[memoryview]:
+    def pin(
+        self, offset: int = 0, length: int | None = None
+    ) -> contextlib.AbstractContextManager[memoryview]:
         """Make a range resident, and keep it so until the end of the ``with`` block.
 
         Inside the block system calls work on the range with every backend, and nobody takes its pages; the
@@ -245,8 +245,9 @@ class Region(ArrayViews, Closing, _native.Region):
     @property
     def stats(self) -> RegionStats:
         """What happened so far in this process."""
-        *counts, latency = self.figures()
-        return RegionStats(*counts, tuple((1 << place, count) for place, count in enumerate(latency)))
+        faults, fills, nbytes, refills, failures, evictions, latency = self.figures()
+        bounds = tuple((1 << place, count) for place, count in enumerate(latency))
+        return RegionStats(faults, fills, nbytes, refills, failures, evictions, bounds)
 
     def record(self, path: str | os.PathLike[str]) -> int:
         """Save which windows were touched while missing, in the order of first touch.
@@ -264,7 +265,9 @@ class Region(ArrayViews, Closing, _native.Region):
         ranges = [[at * window, min((at + 1) * window, self.size)] for at in self.touched()]
         target = Path(path)
         draft = target.with_name(f".{target.name}.{os.getpid()}")
-        draft.write_text(json.dumps({"quire": "working set", "version": 1, "size": self.size, "ranges": ranges}))
+        draft.write_text(
+            json.dumps({"quire": "working set", "version": 1, "size": self.size, "ranges": ranges})
+        )
         draft.replace(target)
         return len(ranges)
 
@@ -306,7 +309,7 @@ class Region(ArrayViews, Closing, _native.Region):
         if owned is not None:
             owned.close()
 
-    def __reduce_ex__(self, _protocol: object) -> tuple[Callable[..., Region], tuple[Any, ...]] | NoReturn:
+    def __reduce_ex__(self, _protocol: object) -> tuple[Callable[..., Region], tuple[Any, ...]]:
         """Pickle for multiprocessing: the source, and for a shared region the file that holds its pages.
 
         A region that is not shared is made anew where it is loaded, with memory of its own.
@@ -325,8 +328,8 @@ class Region(ArrayViews, Closing, _native.Region):
         return f"<quire.Region {self.name!r} of {self.size} bytes, {self.faults}, {self.discard_mode}>"
 
 
-def open_region(target: str | os.PathLike[str], **options: Any) -> Region:
-    """Open a file, a member of an archive or a url as a region; known as ``quire.open``.
+def open(target: str | os.PathLike[str], **options: Any) -> Region:  # noqa: A001
+    """Open a file, a member of an archive or a url as a region.
 
     Args:
         target: A path; ``archive.zip!/member`` for a member of a zip or wheel; or a url. What is compressed
@@ -353,9 +356,9 @@ def _as_source(source: object) -> tuple[bool, Source]:
         return False, source
     if isinstance(source, str | os.PathLike):
         return True, sources.open_source(source)
-    if isinstance(source, _native.Snapshot):
+    if isinstance(source, Snapshot):
         return True, sources.SnapshotSource(source)
-    return True, sources.BytesSource(source)
+    return True, sources.BytesSource(cast("Buffer", source))
 
 
 def _check_options(discard: Discard, faults: Faults, budget_bytes: int | None) -> None:

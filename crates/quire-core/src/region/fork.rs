@@ -1,6 +1,7 @@
 //! Regions and fork: nothing is being filled while the process forks, and the child has its own missing pages at the same
 //! addresses before anything else runs there.
 
+use std::sync::atomic::Ordering;
 use std::sync::{Mutex, MutexGuard, Once, Weak};
 
 use super::{handler, jobs, lock, pager, pressure, registry};
@@ -50,6 +51,8 @@ extern "C" fn in_child() {
     pressure::enter_child();
     for region in registry::all() {
         region.windows.enter_child();
+        region.counters.enter_child();
+        region.held_bytes.store(0, Ordering::Relaxed);
         region.source.enter_child();
         lock(&region.pins).clear();
         lock(&region.failures).clear();

@@ -52,6 +52,12 @@ impl Counters {
         add(&self.evictions, 1);
     }
 
+    /// In a forked child, which has done nothing yet.
+    pub fn enter_child(&self) {
+        let all = [&self.faults, &self.fills, &self.bytes, &self.refills, &self.failures, &self.evictions];
+        all.into_iter().chain(&self.latency).for_each(|counter| counter.store(0, Ordering::Relaxed));
+    }
+
     pub fn figures(&self) -> Figures {
         let read = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
         Figures {
