@@ -323,21 +323,24 @@ def _send(
     while rest:
         if full and not deadline.wait(sock, select.POLLOUT):
             deadline.stalled("took no more than", len(data) - len(rest))
+        # Said before it is so: a signal handler may raise as soon as the call has returned.
+        begun, progress.begun = progress.begun, True
         try:
             sent = sock.sendmsg([rest], ancillary, socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL)
         except (BlockingIOError, TimeoutError):
-            if own_timeout == 0 and not progress.begun:
+            progress.begun = begun
+            if own_timeout == 0 and not begun:
                 raise
             full = True
             continue
         except OSError as error:
+            progress.begun = begun
             hint = _HINTS.get(error.errno or 0)
             raise OSError(
                 error.errno, f"sendmsg: {error.strerror}" + (f" ({hint})" if hint else "")
             ) from error
         # What went out took the descriptors along; only bytes are left.
         rest, ancillary = rest[sent:], []
-        progress.begun = True
 
 
 def send_snapshot(
