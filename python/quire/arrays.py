@@ -63,7 +63,8 @@ class ArrayViews:
     """A mixin that adds views to a class whose instances export a one-dimensional buffer of bytes.
 
     Every view holds an export, so the memory cannot go away under it: closing the object raises BufferError
-    until the last view is gone.
+    until the last view is gone. An array kept in an attribute of the object that it shows is a cycle that the
+    garbage collector cannot see, because numpy takes no part in it: keep arrays elsewhere, or delete them.
     """
 
     __slots__ = ()

@@ -48,7 +48,8 @@ class Snapshot(Closing):
     ``diff`` tells. Copies are the snapshot itself.
 
     It travels through every channel of multiprocessing: the descriptors go, the data stays where it is, and
-    the receiver verifies. A pickle can be loaded once. Keep the snapshot open until it has been pickled; a
+    the receiver verifies. A pickle can be loaded once; one that is never loaded keeps the memory until the
+    process that made it ends. Keep the snapshot open until it has been pickled; a
     ``multiprocessing.Queue`` pickles in a thread of its own, after ``put`` has returned.
     """
 
@@ -120,7 +121,8 @@ class Snapshot(Closing):
             A mapping that stays valid when the snapshot is closed.
 
         Raises:
-            MemoryError: There is too little address space.
+            MemoryError: There is too little address space, or too little memory for pages that have to be
+                copied in because mapping each by itself would take too many VMAs.
             OSError: The kernel refused.
         """
         return Mapping(self, private=private)
@@ -278,7 +280,8 @@ class Mapping(ArrayViews, Closing, _native.Mapping):
 
         Raises:
             ValueError: The sizes differ, the mapping is private, or a snapshot or the mapping is closed.
-            OSError: The kernel refused; the mapping shows the old version still.
+            MemoryError, OSError: There is too little memory, or the kernel refused; the mapping shows the old
+                version still.
         """
         if not isinstance(snapshot, Snapshot):
             raise TypeError(f"a Mapping shows a Snapshot, not {type(snapshot).__name__}")
