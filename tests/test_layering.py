@@ -13,6 +13,8 @@ LAYERS = [
     {"_native"},
     {"advice", "arrays", "closing", "locks", "messages", "ranges"},
     {"capabilities", "purgeable", "transport"},
+    {"capabilities", "helper", "transport"},
+    {"functions"},
     {"handover"},
     {"snapshot"},
     {"live", "segment", "sources"},

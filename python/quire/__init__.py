@@ -29,6 +29,7 @@ from quire.segment import Segment
 from quire.snapshot import Mapping, Snapshot, load
 
 if TYPE_CHECKING:
+    from quire.functions import FunctionSource
     from quire.purgeable import Purgeable, PurgeableCache
     from quire.region import Region, RegionStats, open  # noqa: A004
     from quire.sources import (
@@ -52,6 +53,7 @@ __all__ = [
     "Conflict",
     "FileSource",
     "ForkedError",
+    "FunctionSource",
     "GzipSource",
     "LiveSegment",
     "Malformed",
@@ -86,6 +88,7 @@ __all__ = [
 
 
 _LATER = {
+    "functions": ("FunctionSource",),
     "purgeable": ("Purgeable", "PurgeableCache"),
     "region": ("Region", "RegionStats", "open"),
     "sources": (

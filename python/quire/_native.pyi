@@ -279,3 +279,18 @@ class PurgeableEntry:
 
 def available_bytes() -> int | None:
     """What can still be allocated, purgeable pages included; None where unknown."""
+
+def program_source(
+    argv: list[bytes],
+    environment: list[bytes],
+    payload: bytes,
+    *,
+    size: int,
+    parallel: int,
+    timeout: float,
+    fetches: bool,
+) -> Source:
+    """A source served by a helper program, started without the GIL when it is first read."""
+
+def zygote_source(control: int, *, size: int, parallel: int, timeout: float, fetches: bool) -> Source:
+    """A source served by workers that the process at the other end of ``control`` forks; it is duplicated."""

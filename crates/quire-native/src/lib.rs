@@ -7,6 +7,7 @@ mod mapping;
 mod probe;
 mod purgeable;
 mod region;
+mod remote;
 mod segment;
 mod snapshot;
 mod source;
@@ -31,5 +32,7 @@ fn _native(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add_class::<region::Region>()?;
     module.add_function(wrap_pyfunction!(region::region_file, module)?)?;
     module.add_function(wrap_pyfunction!(probe::probe, module)?)?;
+    module.add_function(wrap_pyfunction!(remote::program_source, module)?)?;
+    module.add_function(wrap_pyfunction!(remote::zygote_source, module)?)?;
     Ok(())
 }

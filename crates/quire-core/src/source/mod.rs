@@ -10,6 +10,7 @@ mod frames;
 mod inflate;
 mod kept;
 mod memory;
+pub mod remote;
 mod snapshot;
 mod stream;
 mod zstd;
