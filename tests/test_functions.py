@@ -101,7 +101,7 @@ def test_in_a_script_without_a_guard(tmp_path: pathlib.Path) -> None:
         "quire.FunctionSource(fill, 20).read()\n"
     )
     done = subprocess.run([sys.executable, script], capture_output=True, text=True, check=False, timeout=60)
-    assert "PageError: the helper process cannot begin" in done.stderr
+    assert "PageError: fill: the helper process cannot begin" in done.stderr
     assert "if __name__" in done.stderr
 
 
@@ -132,7 +132,7 @@ def test_mistakes(
         for _ in range(2):
             with pytest.raises(quire.PageError) as raised:
                 made.read(8, 16)
-            assert str(raised.value) == message
+            assert str(raised.value) == f"{fill.__name__}: {message}"
 
 
 @pytest.mark.parametrize("forked", [False, True])

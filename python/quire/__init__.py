@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from quire.functions import FunctionSource
     from quire.purgeable import Purgeable, PurgeableCache
     from quire.region import Region, RegionStats, open  # noqa: A004
+    from quire.remote import HTTPSource, ObjectSource
     from quire.sources import (
         BytesSource,
         FileSource,
@@ -55,11 +56,13 @@ __all__ = [
     "ForkedError",
     "FunctionSource",
     "GzipSource",
+    "HTTPSource",
     "LiveSegment",
     "Malformed",
     "Mapping",
     "Mirror",
     "NotImmutable",
+    "ObjectSource",
     "PageError",
     "Purgeable",
     "PurgeableCache",
@@ -91,6 +94,7 @@ _LATER = {
     "functions": ("FunctionSource",),
     "purgeable": ("Purgeable", "PurgeableCache"),
     "region": ("Region", "RegionStats", "open"),
+    "remote": ("HTTPSource", "ObjectSource"),
     "sources": (
         "BytesSource",
         "FileSource",

@@ -8,78 +8,24 @@ import pickle
 from typing import TYPE_CHECKING, Any
 
 from quire import _native
-from quire.closing import Closing
+from quire.sources import Source
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from typing_extensions import Buffer
 
-__all__ = ["FunctionSource", "HelperSource"]
+__all__ = ["FunctionSource", "program_source"]
 
 DEFAULT_TIMEOUT = 60.0
 
 
-class HelperSource(Closing):
-    """Bytes of a fixed length that a helper process produces.
-
-    The helper is started when the source is first read, again whenever it dies, and ends with the last of
-    the source and the regions that use it. A forked child that reads has a helper of its own.
-    """
-
-    name: str
-    """For messages."""
-
-    def __init__(self, native: _native.Source, name: str) -> None:
-        """Wrap what asks the helper.
-
-        Args:
-            native: What asks the helper.
-            name: For messages.
-        """
-        self._held: _native.Source | None = native
-        self.name = name
-
-    @property
-    def _native(self) -> _native.Source:
-        """What regions read from; it stays good when the source is closed."""
-        if self._held is None:
-            raise ValueError("the source is closed")
-        return self._held
-
-    @property
-    def size(self) -> int:
-        """Length in bytes."""
-        return self._native.size
-
-    def read(self, offset: int = 0, length: int | None = None) -> bytes:
-        """Produce bytes directly, with no region. Blocks, without holding the GIL.
-
-        Args:
-            offset: Of the first byte.
-            length: How many; None for all up to the end.
-
-        Raises:
-            ValueError: The range is not within the size, or the source is closed.
-            PageError: The bytes could not be had; the message says why.
-        """
-        native = self._native
-        return native.read(offset, max(native.size - offset, 0) if length is None else length)
-
-    def close(self) -> None:
-        """Give up the source. Its helper is killed once no region uses it."""
-        self._held = None
-
-    def __repr__(self) -> str:
-        """Name what it reads, and how much that is."""
-        return f"<{type(self).__name__} {self.name!r}{', closed' if self._held is None else ''}>"
-
-
-class FunctionSource(HelperSource):
+class FunctionSource(Source):
     """Bytes that a Python function produces when they are first needed.
 
     The function runs in a helper process, never in this one: whoever touches a page may hold the GIL. What it
-    changes there is not seen here. How it gets there, the first that is possible:
+    changes there is not seen here. The helper is started when the source is first read, again whenever it
+    dies, and ends with the last of the source and the regions that use it. How it gets there, the first that is possible:
 
     - importable (or of a script's ``__main__``): by name, into a fresh interpreter. A script is imported
       there as ``multiprocessing`` does it under "spawn", so its top level needs
@@ -132,6 +78,15 @@ class FunctionSource(HelperSource):
                     control.fileno(), size=size, parallel=parallel, timeout=timeout, fetches=False
                 )
         super().__init__(native, name)
+        self._made_of = fill, size, timeout, parallel
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickle as what makes it anew: the function must pickle."""
+        return _anew, self._made_of
+
+
+def _anew(fill: Callable[[int, int], Buffer], size: int, timeout: float, parallel: int) -> FunctionSource:
+    return FunctionSource(fill, size, timeout=timeout, parallel=parallel)
 
 
 def program_source(
