@@ -32,6 +32,7 @@ demo: build $(VENV)/.extra-demo
 	$(BIN)/quire demo
 
 test: build $(VENV)/.extra-test $(VENV)/.extra-demo
+	tools/test_servers
 	$(CARGO) test --release --quiet --package quire-core
 	$(BIN)/python -m pytest
 

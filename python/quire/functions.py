@@ -25,7 +25,8 @@ class FunctionSource(Source):
 
     The function runs in a helper process, never in this one: whoever touches a page may hold the GIL. What it
     changes there is not seen here. The helper is started when the source is first read, again whenever it
-    dies, and ends with the last of the source and the regions that use it. How it gets there, the first that is possible:
+    dies, and ends with the last of the source and the regions that use it. How the function gets there, the
+    first that is possible:
 
     - importable (or of a script's ``__main__``): by name, into a fresh interpreter. A script is imported
       there as ``multiprocessing`` does it under "spawn", so its top level needs
