@@ -7,6 +7,8 @@ import random
 import subprocess
 import sys
 import threading
+import types
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -423,6 +425,33 @@ def test_schemes_whose_module_is_missing_say_what_to_install(monkeypatch: pytest
     monkeypatch.setitem(sources.REMOTE, "http", "quire.module_that_is_missing")
     with pytest.raises(Unsupported, match="install"):
         sources.open_source("http://host/file")
+
+
+def test_urls_name_compressed_files_and_members(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    opened: list[sources.Source] = []
+
+    def open_remote(url: str, **options: str) -> sources.Source:
+        assert options == {"token": "t"}
+        opened.append(sources.FileSource(tmp_path / url.removeprefix("test://")))
+        return opened[-1]
+
+    module = types.ModuleType("quire_test_remote")
+    module.open_remote = open_remote  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    monkeypatch.setitem(sources.REMOTE, "test", module.__name__)
+    written(tmp_path / "plain", b"abc")
+    written(tmp_path / "gzip", gzip.compress(BIG))
+    written(tmp_path / "zstd", zstdfiles.seekable(BIG, 100_000))
+    with zipfile.ZipFile(tmp_path / "zip", "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("dir/member", BIG)
+    for name, want in [("plain", b"abc"), ("gzip", BIG), ("zstd", BIG), ("zip!/dir/member", BIG)]:
+        with sources.open_source(f"test://{name}", token="t") as source:
+            assert source.read() == want
+            assert pickle.loads(pickle.dumps(source)).read() == want
+        assert opened[-1].closed
+    with pytest.raises(FileNotFoundError, match="no such member"):
+        sources.open_source("test://zip!/missing", token="t")
+    assert opened[-1].closed
 
 
 def test_codecs_sit_on_raw_bytes_only() -> None:

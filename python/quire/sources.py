@@ -7,7 +7,9 @@ A source has a length and gives the bytes of any range. What each costs, and wha
 from __future__ import annotations
 
 import difflib
+import errno
 import importlib
+import io
 import os
 import re
 import stat
@@ -317,16 +319,74 @@ class ZipSource(_OnFile):
     def __init__(self, archive: Path, member: str) -> None:
         self.member = member
         name = f"{os.fspath(archive)}!/{member}"
-        super().__init__(archive, lambda fd: _member(fd, member, name), name)
+        super().__init__(archive, lambda fd: _member(_native.Source.file(fd), member, name), name)
 
     def _arguments(self) -> tuple[Any, ...]:
         return self.path, self.member
 
 
-def _member(fd: int, member: str, name: str) -> _native.Source:
-    """Open a member of the archive behind a descriptor, which is borrowed."""
-    # Closing the file closes the duplicate; the file position they share is nobody else's.
-    with os.fdopen(os.dup(fd), "rb") as file, zipfile.ZipFile(file) as archive:
+class _Decoded(Source):
+    """What a codec makes of another source's bytes: those of a store that has no paths."""
+
+    def __init__(self, below: Source, member: str | None) -> None:
+        self._below = below
+        self._member = member
+        name = below.name if member is None else f"{below.name}!/{member}"
+        try:
+            if member is not None:
+                native = _member(below._native, member, name)
+            elif _kind(below) is GzipSource:
+                native = below._native.gzip(cache_directory())
+            else:
+                native = below._native.zstd(cache_directory())
+        except PageError as error:
+            raise PageError(f"{name}: {error}") from None
+        super().__init__(native, name)
+
+    def close(self) -> None:
+        """Give up this source and the one below."""
+        super().close()
+        self._below.close()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickle what is below."""
+        return _Decoded, (self._below, self._member)
+
+
+class _Reader(io.RawIOBase):
+    """Raw bytes as a file, for `zipfile`."""
+
+    def __init__(self, native: _native.Source) -> None:
+        self._native = native
+        self._at = 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        start = {os.SEEK_SET: 0, os.SEEK_CUR: self._at, os.SEEK_END: self._native.size}[whence]
+        if start + offset < 0:
+            raise OSError(errno.EINVAL, "seek before the start")
+        self._at = start + offset
+        return self._at
+
+    def tell(self) -> int:
+        return self._at
+
+    def readinto(self, into: Any) -> int:
+        view = memoryview(into).cast("B")
+        length = max(0, min(view.nbytes, self._native.size - self._at))
+        view[:length] = self._native.read(min(self._at, self._native.size), length)
+        self._at += length
+        return length
+
+
+def _member(below: _native.Source, member: str, name: str) -> _native.Source:
+    """Open a member of the archive in raw bytes."""
+    with io.BufferedReader(_Reader(below)) as file, zipfile.ZipFile(file) as archive:
         try:
             info = archive.getinfo(member)
         except KeyError:
@@ -335,7 +395,7 @@ def _member(fd: int, member: str, name: str) -> _native.Source:
             raise IsADirectoryError(f"{name} is a directory")
         start = _data_start(archive, file, info, name)
     packed, size = info.compress_size, info.file_size
-    raw = _native.Source.file(fd, start, packed)
+    raw = below.slice(start, packed)
     if info.compress_type == ZIP_STORED:
         if packed != size:
             raise zipfile.BadZipFile(f"{name}: stored, with {size} bytes that take {packed}")
@@ -393,7 +453,8 @@ def open_source(target: Path, **options: Any) -> Source:
 
     ``archive.zip!/member`` names a member of a zip archive of any name (a wheel is one). Other files are told
     apart by their first bytes, not by their names: gzip and zstandard files are decompressed, all others
-    taken as they are. ``file://`` urls name files.
+    taken as they are. ``file://`` urls name files. Urls of other schemes are treated in the same way, with
+    ``!/`` too; a remote gzip file is read as a whole to learn its length.
 
     Args:
         target: A path, or a url.
@@ -422,16 +483,22 @@ def open_source(target: Path, **options: Any) -> Source:
     if mark and not os.path.exists(path):
         return ZipSource(archive, member)
     plain = FileSource(path)
-    head = plain.read(0, min(4, plain.size))
-    kind: type[_OnFile]
-    if head[:2] == b"\x1f\x8b":
-        kind = GzipSource
-    elif head == _ZSTD_MAGIC or (head[1:] == b"\x2a\x4d\x18" and head[:1] and head[0] & 0xF0 == 0x50):
-        kind = ZstdSource
-    else:
+    kind = _kind(plain)
+    if kind is None:
         return plain
     plain.close()
     return kind(path)
+
+
+def _kind(raw: Source) -> type[GzipSource | ZstdSource] | None:
+    """Tell by the first bytes how a source is compressed."""
+    head = raw.read(0, min(4, raw.size))
+    if head[:2] == b"\x1f\x8b":
+        return GzipSource
+    # The last is a skippable frame, with which files may begin.
+    if head == _ZSTD_MAGIC or (head[1:] == b"\x2a\x4d\x18" and head[0] & 0xF0 == 0x50):
+        return ZstdSource
+    return None
 
 
 def _open_remote(scheme: str, url: str, options: dict[str, Any]) -> Source:
@@ -444,5 +511,12 @@ def _open_remote(scheme: str, url: str, options: dict[str, Any]) -> Source:
         opener = importlib.import_module(module).open_remote
     except ModuleNotFoundError as error:
         raise Unsupported(f"{url}: {error}; install quire[remote]") from error
-    source: Source = opener(url, **options)
-    return source
+    store, mark, member = url.partition("!/")
+    below: Source = opener(store, **options)
+    try:
+        if mark:
+            return _Decoded(below, member)
+        return below if _kind(below) is None else _Decoded(below, None)
+    except BaseException:
+        below.close()
+        raise

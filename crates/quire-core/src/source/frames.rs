@@ -9,6 +9,8 @@ const SKIPPABLE: u32 = 0x184D_2A50;
 const SEEK_TABLE: u32 = 0x184D_2A5E;
 const SEEKABLE: u32 = 0x8F92_EAB1;
 const FOOTER: u64 = 9;
+/// Frames in one file, at most: what is kept of each takes more memory than an empty one takes space.
+const FRAMES: usize = 4 << 20;
 
 /// One frame. `output` is None until it was decoded once, if its header does not say.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -68,11 +70,19 @@ fn table(raw: &dyn ReadAt) -> Result<Option<Vec<Frame>>, Failure> {
         let (packed, output) = (u64::from(field(0)), u64::from(field(4)));
         if output > 0 {
             let check = checked.then(|| field(8));
-            frames.push(Frame { input, input_length: packed, output: Some(output), check });
+            push(&mut frames, Frame { input, input_length: packed, output: Some(output), check })?;
         }
         input += packed;
     }
     if input == start { Ok(Some(frames)) } else { Err(lies(start)) }
+}
+
+fn push(frames: &mut Vec<Frame>, frame: Frame) -> Result<(), Failure> {
+    if frames.len() == FRAMES {
+        return Err(Failure::new("more than 4194304 frames", frame.input));
+    }
+    frames.push(frame);
+    Ok(())
 }
 
 /// Go from block header to block header.
@@ -132,7 +142,7 @@ fn walk(raw: &dyn ReadAt) -> Result<Vec<Frame>, Failure> {
         if at > raw.size() {
             return Err(Failure::new("the compressed file ends within a frame", raw.size()));
         }
-        frames.push(Frame { input: start, input_length: at - start, output, check: None });
+        push(&mut frames, Frame { input: start, input_length: at - start, output, check: None })?;
     }
     Ok(frames)
 }
