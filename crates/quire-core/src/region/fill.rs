@@ -1,6 +1,7 @@
 //! Filling windows: what is filled at a touch, and how.
 
 use std::cell::RefCell;
+use std::ops::Range;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Instant;
@@ -16,6 +17,8 @@ use crate::sys::signals;
 const CHUNK: usize = 256 << 10;
 /// Readahead fills at most so many bytes, for each fill that the source can have in flight.
 const AHEAD: usize = 4 << 20;
+/// Chunks of one region that wait to be put in place.
+const MOST_PLACING: usize = 2;
 /// What a source produces in one piece is filled in one piece up to this size.
 const MAX_UNIT: usize = 4 << 20;
 
@@ -31,18 +34,22 @@ impl Region {
         let Ok(_inside) = self.inside() else { return };
         match self.windows.claim(window) {
             // Whoever fills it wakes the toucher.
-            Claim::Busy => {}
+            Claim::Busy => self.ahead.chase(window, self.most_ahead()),
             Claim::Failed => self.poison(window),
-            Claim::Ours => self.demand(window, started),
+            Claim::Ours => {
+                if let Some(ahead) = self.demand(window, started) {
+                    self.go_ahead(ahead);
+                }
+            }
         }
     }
 
-    /// Fill a claimed window because it was touched, and what is worth filling with it.
-    fn demand(self: &Arc<Self>, window: usize, started: Instant) {
+    /// Fill a claimed window because it was touched, with what its source produces at once. Returns the windows to fill
+    /// next while the toucher goes on, or None if the window cannot be had.
+    pub(super) fn demand(&self, window: usize, started: Instant) -> Option<Range<usize>> {
         self.note_touch(window);
         stats::add(&self.counters.faults, 1);
-        let parallel = self.source.parallel_fills().max(1);
-        let ahead = self.ahead.observe(window, (AHEAD * parallel / self.window).max(1));
+        let ahead = self.ahead.observe(window, self.most_ahead());
         let (first, last) = self.around(window);
         let (first, last) = self.claim_around(window, first, last);
         let filled = self.fill_claimed(first, last).or_else(|failure| {
@@ -56,18 +63,32 @@ impl Region {
         });
         match filled {
             Ok(()) => self.counters.served(started.elapsed()),
-            Err(RegionError::Page(failure)) => return self.fail(window, failure),
+            Err(RegionError::Page(failure)) => {
+                self.fail(window, failure);
+                return None;
+            }
             Err(RegionError::Core(error)) => {
-                return self
-                    .fail(window, Failure::detailed("no memory", (window * self.window) as u64, &error.to_string()));
+                let at = (window * self.window) as u64;
+                self.fail(window, Failure::detailed("no memory", at, &error.to_string()));
+                return None;
             }
         }
         let end = (window + ahead).max(last).min(self.windows.len());
         self.ahead.reached(end);
-        if parallel > 1 {
-            self.fill_later(last, end);
+        Some(last..end)
+    }
+
+    /// How many windows are filled ahead of a touch, at most.
+    pub(super) fn most_ahead(&self) -> usize {
+        (AHEAD * self.source.parallel_fills().max(1) / self.window).max(1)
+    }
+
+    /// Fill windows ahead of the toucher.
+    pub(super) fn go_ahead(self: &Arc<Self>, windows: Range<usize>) {
+        if self.source.parallel_fills() > 1 {
+            self.fill_later(windows.start, windows.end);
         } else {
-            self.fill_ahead(last, end);
+            self.fill_ahead(windows.start, windows.end);
         }
     }
 
@@ -140,9 +161,43 @@ impl Region {
         Ok(())
     }
 
+    /// Fill windows that are claimed; another thread puts the bytes in place, so that the source can go on at once.
+    fn fill_claimed_in_two(self: &Arc<Self>, first: usize, last: usize) -> std::result::Result<(), RegionError> {
+        if self.placing.load(Ordering::Acquire) >= MOST_PLACING || self.source.is_signal_safe() {
+            return self.fill_claimed(first, last);
+        }
+        let (at, len) = self.span(first, last);
+        pressure::make_room(self, len as u64)?;
+        let mut buffer = vec![0; len];
+        self.ask(at, &mut buffer)?;
+        self.placing.fetch_add(1, Ordering::AcqRel);
+        let region = Arc::clone(self);
+        jobs::submit(Box::new(move || {
+            let outcome = match region.gate.try_enter() {
+                Some(_inside) => region.memory.install(at, &buffer).map_err(RegionError::from),
+                // The process forks or the region is closed: what was produced is dropped.
+                None => Err(crate::Error::Invalid(String::new()).into()),
+            };
+            region.placing.fetch_sub(1, Ordering::AcqRel);
+            let outcome = match outcome.and_then(|()| region.after_produced(first, last)) {
+                Ok(()) => Outcome::Filled,
+                Err(_) => Outcome::Unchanged,
+            };
+            region.release_or_complain(first, last, outcome);
+        }));
+        Ok(())
+    }
+
     /// Ask the source for whole pages of bytes and install them. Allocates nothing and takes no lock by itself, so it may
     /// be called in a signal handler if the source allows it.
     pub(super) fn produce_bytes(&self, at: usize, buffer: &mut [u8]) -> std::result::Result<(), RegionError> {
+        self.ask(at, buffer)?;
+        self.memory.install(at, buffer)?;
+        Ok(())
+    }
+
+    /// Ask the source for whole pages of bytes; behind its end they are zero.
+    fn ask(&self, at: usize, buffer: &mut [u8]) -> std::result::Result<(), RegionError> {
         let len = buffer.len();
         let useful = len.min((self.size - at as u64) as usize);
         let outcome = self.source.fill(at as u64, &mut buffer[..useful]);
@@ -151,7 +206,6 @@ impl Region {
             return Err(failure.into());
         }
         buffer[useful..len].fill(0);
-        self.memory.install(at, buffer)?;
         stats::add(&self.counters.bytes, useful as u64);
         Ok(())
     }
@@ -221,7 +275,7 @@ impl Region {
     }
 
     /// Fill windows nobody has asked for yet, quietly: a failure ends it, and is met again when a window is touched.
-    fn fill_ahead(&self, mut first: usize, last: usize) {
+    fn fill_ahead(self: &Arc<Self>, mut first: usize, mut last: usize) {
         let mut marks = [0; CHUNK / PAGE_BYTES];
         let most = (CHUNK / self.window).max(1);
         while first < last {
@@ -234,10 +288,11 @@ impl Region {
             {
                 end += 1;
             }
-            if self.fill_claimed(first, end).is_err() {
+            if self.fill_claimed_in_two(first, end).is_err() {
                 return self.release_or_complain(first, end, Outcome::Unchanged);
             }
             first = end;
+            last = self.ahead.until(last, self.most_ahead()).min(self.windows.len());
         }
     }
 
@@ -327,23 +382,6 @@ impl Region {
             self.release(window, window + 1, Outcome::Unchanged)?;
         }
         outcome
-    }
-
-    /// Fill a window that a signal handler asked for. False if it cannot be had.
-    pub(super) fn fill_for_handler(self: &Arc<Self>, window: usize) -> bool {
-        let started = Instant::now();
-        let Ok(_inside) = self.inside() else { return false };
-        match self.windows.claim_waiting(window) {
-            Claim::Ours if self.is_filled_for_handler(window) => {
-                self.release_or_complain(window, window + 1, Outcome::Unchanged);
-                true
-            }
-            Claim::Ours => {
-                self.demand(window, started);
-                !self.windows.has_failed(window)
-            }
-            Claim::Busy | Claim::Failed => false,
-        }
     }
 }
 

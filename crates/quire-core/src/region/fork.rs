@@ -52,6 +52,7 @@ extern "C" fn in_child() {
     for region in registry::all() {
         region.windows.enter_child();
         region.counters.enter_child();
+        region.placing.store(0, Ordering::Relaxed);
         region.held_bytes.store(0, Ordering::Relaxed);
         region.source.enter_child();
         lock(&region.pins).clear();

@@ -110,6 +110,27 @@ impl Region {
         }
     }
 
+    /// Fill a window that a signal handler asked for, and go on once it has its answer.
+    fn serve_note(self: &Arc<Self>, note: &Note, window: usize) {
+        let started = Instant::now();
+        let Ok(_inside) = self.inside() else { return note.answer(false) };
+        self.ahead.chase(window, self.most_ahead());
+        match self.windows.claim_waiting(window) {
+            Claim::Ours if self.is_filled_for_handler(window) => {
+                let released = self.release(window, window + 1, Outcome::Unchanged);
+                note.answer(released.is_ok());
+            }
+            Claim::Ours => {
+                let ahead = self.demand(window, started);
+                note.answer(ahead.is_some());
+                if let Some(ahead) = ahead {
+                    self.go_ahead(ahead);
+                }
+            }
+            Claim::Busy | Claim::Failed => note.answer(false),
+        }
+    }
+
     fn complain(&self, window: usize, failure: Option<&Failure>) {
         let (at, len) = self.span(window, window + 1);
         let mut line = Line { text: [0; 512], len: 0 };
@@ -194,6 +215,13 @@ const TAKEN: u32 = 3;
 const SERVED: u32 = 4;
 const FAILED: u32 = 5;
 
+impl Note {
+    fn answer(&self, served: bool) {
+        self.state.store(if served { SERVED } else { FAILED }, Ordering::Release);
+        futex::wake_all(&self.state);
+    }
+}
+
 static NOTES: [Note; 256] =
     [const { Note { state: AtomicU32::new(FREE), region: AtomicUsize::new(0), window: AtomicUsize::new(0) } }; 256];
 /// Counts notes, for the thread that reads them.
@@ -236,9 +264,10 @@ fn read_notes() {
             jobs::submit(Box::new(move || {
                 let region = registry::find(note.region.load(Ordering::Acquire));
                 let window = note.window.load(Ordering::Acquire);
-                let served = region.is_some_and(|region| region.fill_for_handler(window));
-                note.state.store(if served { SERVED } else { FAILED }, Ordering::Release);
-                futex::wake_all(&note.state);
+                match region {
+                    Some(region) => region.serve_note(note, window),
+                    None => note.answer(false),
+                }
             }));
         }
         futex::wait_long(&CALLS, seen);

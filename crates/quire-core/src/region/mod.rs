@@ -19,7 +19,7 @@ mod windows;
 
 use std::collections::HashMap;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
-use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use crate::pages::{PAGE, PageRange, push_merged};
@@ -106,6 +106,8 @@ pub struct Region {
     held_bytes: AtomicU64,
     counters: Counters,
     ahead: Ahead,
+    /// Chunks that were produced and wait for another thread to put them in place.
+    placing: AtomicUsize,
     gate: Gate,
     pins: Mutex<HashMap<usize, u32>>,
     failures: Mutex<HashMap<usize, Failure>>,
@@ -194,6 +196,7 @@ impl Region {
             held_bytes: AtomicU64::new(0),
             counters: Counters::default(),
             ahead: Ahead::default(),
+            placing: AtomicUsize::new(0),
             gate: Gate::default(),
             pins: Mutex::default(),
             failures: Mutex::default(),

@@ -403,10 +403,6 @@ impl Source for Deflate {
         self.stream.unit(offset).unwrap_or(offset..offset)
     }
 
-    fn parallel_fills(&self) -> usize {
-        LIVE
-    }
-
     fn enter_child(&self) {
         self.raw.enter_child();
     }
@@ -456,10 +452,6 @@ impl Source for Gzip {
 
     fn unit(&self, offset: u64) -> std::ops::Range<u64> {
         self.stream.unit(offset).unwrap_or(offset..offset)
-    }
-
-    fn parallel_fills(&self) -> usize {
-        LIVE
     }
 
     fn enter_child(&self) {
