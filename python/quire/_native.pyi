@@ -183,6 +183,15 @@ class Source:
         """The range that is produced together with this byte, half-open; empty if any is as good."""
     def read(self, offset: int, length: int) -> bytes: ...
 
+@final
+class FrameEncoder:
+    """Makes zstandard frames that can be decoded on their own, in any thread."""
+
+    def __new__(cls, level: int) -> Self:
+        """ValueError unless 1 to 22."""
+    def frame(self, data: bytes) -> bytes:
+        """One frame with length and checksum."""
+
 def region_file(size: int) -> int:
     """Make the file of a shared region; the descriptor is the caller's."""
 

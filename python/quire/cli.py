@@ -14,6 +14,8 @@ __all__ = ["main"]
 
 COMMANDS = {
     "doctor": "what this machine can do, what quire uses, what would enable more",
+    "pack": "pack a file or an archive so that any part of it is decoded on its own",
+    "unpack": "make a plain file, or an archive that any tool reads, of a packed one",
     "demo": "writer and reader processes share versions of real data; about a minute",
 }
 """Subcommands and their summaries. Each is a module of quire with ``add_arguments(parser)`` and

@@ -11,6 +11,7 @@ pub mod layer;
 pub mod layout;
 pub mod live;
 pub mod mapping;
+pub mod pack;
 pub mod pages;
 pub mod publish;
 pub mod purgeable;

@@ -4,6 +4,7 @@ mod door;
 mod errors;
 mod live;
 mod mapping;
+mod pack;
 mod probe;
 mod purgeable;
 mod region;
@@ -25,6 +26,7 @@ fn _native(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add_class::<live::WritableAlias>()?;
     module.add_class::<live::MirrorView>()?;
     module.add_class::<source::Source>()?;
+    module.add_class::<pack::FrameEncoder>()?;
     module.add_class::<purgeable::Purgeable>()?;
     module.add_class::<purgeable::PurgeableStore>()?;
     module.add_class::<purgeable::PurgeableEntry>()?;
