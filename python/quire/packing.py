@@ -26,7 +26,7 @@ from quire.sources import (
     ZIP_ZSTANDARD,
     FileSource,
     Source,
-    _data_start,
+    data_start,
     open_source,
 )
 from quire.zipwriter import ALIGNMENT, ZipWriter
@@ -316,7 +316,7 @@ class _Member:
                 "zstandard members are read: write the archive again with another tool"
             )
         self._archive, self._raw, self._info, self._name = archive, raw, info, name
-        self._start = _data_start(archive, raw, info, name)
+        self._start = data_start(archive, raw, info, name)
         if info.compress_type == ZIP_STORED and info.compress_size != info.file_size:
             raise zipfile.BadZipFile(
                 f"{name}: stored, with {info.file_size} bytes that take {info.compress_size}"

@@ -36,6 +36,7 @@ __all__ = [
     "ZipSource",
     "ZstdSource",
     "cache_directory",
+    "data_start",
     "open_source",
 ]
 
@@ -393,7 +394,7 @@ def _member(below: _native.Source, member: str, name: str) -> _native.Source:
             _no_member(archive, member, name)
         if info.is_dir():
             raise IsADirectoryError(f"{name} is a directory")
-        start = _data_start(archive, file, info, name)
+        start = data_start(archive, file, info, name)
     packed, size = info.compress_size, info.file_size
     raw = below.slice(start, packed)
     if info.compress_type == ZIP_STORED:
@@ -423,8 +424,19 @@ def _no_member(archive: zipfile.ZipFile, member: str, name: str) -> NoReturn:
     raise FileNotFoundError(f"{name}: the archive has no such member{hint}") from None
 
 
-def _data_start(archive: zipfile.ZipFile, file: Any, info: zipfile.ZipInfo, name: str) -> int:
-    """Where the member's data starts, once its local header is checked; it ends before the directory."""
+def data_start(archive: zipfile.ZipFile, file: Any, info: zipfile.ZipInfo, name: str) -> int:
+    """Find where a member's data starts, and check its local header; it ends before the directory.
+
+    Args:
+        archive: Knows where the directory is.
+        file: The archive's bytes; its position changes.
+        info: From the archive's directory.
+        name: For messages.
+
+    Raises:
+        Unsupported: The member is encrypted, or a patch.
+        zipfile.BadZipFile: The local header is missing, contradicts the directory, or the data would overlap it.
+    """
     if info.flag_bits & (_FLAG_ENCRYPTED | _FLAG_STRONG):
         raise Unsupported(f"{name} is encrypted; quire has no decryption")
     if info.flag_bits & _FLAG_PATCH:
