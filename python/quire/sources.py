@@ -435,7 +435,7 @@ def data_start(archive: zipfile.ZipFile, file: Any, info: zipfile.ZipInfo, name:
 
     Raises:
         Unsupported: The member is encrypted, or a patch.
-        zipfile.BadZipFile: The local header is missing, contradicts the directory, or the data would overlap it.
+        zipfile.BadZipFile: The local header is missing or contradicts the directory, or data overlaps it.
     """
     if info.flag_bits & (_FLAG_ENCRYPTED | _FLAG_STRONG):
         raise Unsupported(f"{name} is encrypted; quire has no decryption")
