@@ -30,7 +30,7 @@ double touch(const volatile char *base, const uint64_t *offsets, size_t count) {
 
 static char *base, *alias, *source;
 static size_t length, window;
-static int uffd;
+static int uffd, give;
 
 static int open_uffd(uint64_t features) {
     int device = open("/dev/userfaultfd", O_RDWR | O_CLOEXEC);
@@ -50,6 +50,7 @@ static size_t bytes_at(size_t at) { return length - at < window ? length - at : 
 static void copy(size_t at) {
     struct uffdio_copy arg = {.dst = (uintptr_t)base + at, .src = (uintptr_t)source + at, .len = bytes_at(at)};
     ioctl(uffd, UFFDIO_COPY, &arg);
+    if (give) madvise(base + at, bytes_at(at), MADV_FREE);
 }
 
 static void *serve(void *unused) {
@@ -71,12 +72,12 @@ static void on_sigsegv(int number, siginfo_t *info, void *context) {
     mprotect(base + at, bytes_at(at), PROT_READ);
 }
 
-/* mechanism: 0 thread, 1 SIGBUS, 2 SIGSEGV */
-double bare(int mechanism, char *from, size_t size, size_t window_bytes, const uint64_t *offsets, size_t count) {
+/* mechanism: 0 thread, 1 SIGBUS, 2 SIGSEGV; give_pages: let the kernel drop what was filled */
+double bare(int mechanism, int give_pages, char *from, size_t size, size_t window_bytes, const uint64_t *offsets, size_t count) {
     struct sigaction action = {.sa_flags = SA_SIGINFO}, old;
     pthread_t thread;
     double result;
-    source = from, length = size, window = window_bytes;
+    source = from, length = size, window = window_bytes, give = give_pages;
     if (mechanism == 2) {
         int file = memfd_create("bare", MFD_CLOEXEC);
         if (file < 0 || ftruncate(file, size)) return -errno;

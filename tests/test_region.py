@@ -201,3 +201,11 @@ def test_what_is_not_shared_is_made_anew_elsewhere() -> None:
         child.join()
     with pytest.raises(ValueError, match="closed"):
         pickle.dumps(region)
+
+
+@pytest.mark.parametrize("inner", BACKENDS)
+def test_a_region_of_a_region(backend: str, inner: str) -> None:
+    with quire.Region(DATA, faults=inner) as below:
+        with quire.Region(below, faults=backend) as region:
+            assert bytes(region) == DATA
+        below.discard()

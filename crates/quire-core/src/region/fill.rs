@@ -10,6 +10,7 @@ use super::{
     Claim, Discard, Failure, MAX_WINDOW, Outcome, PAGE_BYTES, Region, RegionError, jobs, lock, pressure, stats,
 };
 use crate::Result;
+use crate::sys::memfd::Piece;
 use crate::sys::signals;
 
 /// Bytes asked of a source at once where it does not matter: enough to make calls cheap, and small enough for the
@@ -146,6 +147,9 @@ impl Region {
         }
         let len = self.span(first, last).1;
         pressure::make_room(self, len as u64)?;
+        if self.take_from_memory(first, last)? {
+            return Ok(self.release(first, last, Outcome::Filled)?);
+        }
         BUFFER.with_borrow_mut(|buffer| {
             if buffer.len() < len {
                 buffer.resize(len, 0);
@@ -186,6 +190,21 @@ impl Region {
             region.release_or_complain(first, last, outcome);
         }));
         Ok(())
+    }
+
+    /// Install windows straight from where their source has them in memory. False if it has not. Callable in a signal
+    /// handler if the source is.
+    pub(super) fn take_from_memory(&self, first: usize, last: usize) -> std::result::Result<bool, RegionError> {
+        let (at, len) = self.span(first, last);
+        if self.nested || (at + len) as u64 > self.size {
+            return Ok(false);
+        }
+        let Some(addr) = self.source.address_of(at as u64, len) else { return Ok(false) };
+        let Some(outcome) = self.memory.install_from(at, Piece { addr, len }) else { return Ok(false) };
+        outcome?;
+        stats::add(&self.counters.bytes, len as u64);
+        self.after_produced(first, last)?;
+        Ok(true)
     }
 
     /// Ask the source for whole pages of bytes and install them. Allocates nothing and takes no lock by itself, so it may

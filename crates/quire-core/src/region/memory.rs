@@ -6,7 +6,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use crate::pages::PAGE;
 use crate::region::pager;
 use crate::sys::area::{Access, Area, Sharing};
-use crate::sys::memfd;
+use crate::sys::memfd::{self, Piece};
 use crate::sys::uffd::{Copied, Uffd};
 use crate::{Error, Result};
 
@@ -129,7 +129,7 @@ impl Memory {
     /// Put whole pages where readers find them; those that are there already stay. Callable in a signal handler.
     pub fn install(&self, offset: usize, bytes: &[u8]) -> Result<()> {
         match (&self.behind, self.uffd()?) {
-            (_, Some(uffd)) => self.copy_missing(uffd, offset, bytes),
+            (_, Some(uffd)) => self.copy_missing(uffd, offset, Piece::of(bytes)),
             (Behind::Alias(_, alias), None) => {
                 alias.store(offset, bytes);
                 self.view.protect(offset, bytes.len(), self.access)
@@ -149,16 +149,25 @@ impl Memory {
         }
     }
 
-    fn copy_missing(&self, uffd: &Uffd, offset: usize, bytes: &[u8]) -> Result<()> {
+    /// The same with whole pages that lie somewhere in memory, if this backend can take them from there. None: it cannot.
+    pub fn install_from(&self, offset: usize, pages: Piece) -> Option<Result<()>> {
+        match self.uffd() {
+            Ok(None) => None,
+            Ok(Some(uffd)) => Some(self.copy_missing(uffd, offset, pages)),
+            Err(error) => Some(Err(error)),
+        }
+    }
+
+    fn copy_missing(&self, uffd: &Uffd, offset: usize, pages: Piece) -> Result<()> {
         let addr = self.view.addr() + offset;
         let mut done = 0;
-        while done < bytes.len() {
-            match uffd.copy(addr + done, &bytes[done..])? {
+        while done < pages.len {
+            match uffd.copy(addr + done, Piece { addr: pages.addr + done, len: pages.len - done })? {
                 Copied::All => break,
                 Copied::Exists(before) => done += before + PAGE_BYTES,
             }
         }
-        if done == 0 { Ok(()) } else { uffd.wake(addr, bytes.len()) }
+        if done == 0 { Ok(()) } else { uffd.wake(addr, pages.len) }
     }
 
     /// Everything is filled: from now on it is as readable as it will be.

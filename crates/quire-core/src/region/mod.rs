@@ -93,6 +93,8 @@ pub struct Region {
     source: Arc<dyn Source>,
     size: u64,
     window: usize,
+    /// The source's bytes lie in memory of another region, so that reading them may need the pager.
+    nested: bool,
     discard: Discard,
     budget_bytes: Option<u64>,
     memory: Memory,
@@ -181,11 +183,13 @@ impl Region {
             wanted => wanted,
         };
         let count = usize::try_from(size.div_ceil(window)).expect("fits, since the size does");
+        let nested = source.address_of(0, size as usize).is_some_and(|addr| registry::overlaps(addr, size as usize));
         let region = Arc::new(Self {
             name: settings.name,
             source,
             size,
             window: window as usize,
+            nested,
             discard,
             budget_bytes: settings.budget_bytes,
             memory,

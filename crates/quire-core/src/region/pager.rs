@@ -95,7 +95,7 @@ fn run(pager: &'static Pager) {
                 // Closed in between; nobody can wait for it but by a pointer that dangles.
                 continue;
             };
-            if !region.source.is_signal_safe() {
+            if region.nested || !region.source.is_signal_safe() {
                 leading = None;
                 let threads = pager.threads.load(Ordering::Acquire);
                 if pager.spare.load(Ordering::Acquire) == 0 && threads < MOST_THREADS {

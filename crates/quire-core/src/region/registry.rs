@@ -63,6 +63,13 @@ pub fn find(address: usize) -> Option<Arc<Region>> {
     (address < region.address() + region.memory.view().len()).then_some(region)
 }
 
+/// Whether a range of addresses touches a region.
+pub fn overlaps(address: usize, len: usize) -> bool {
+    let regions = lock();
+    let before = regions.range(..address + len).next_back().and_then(|(_, region)| region.upgrade());
+    before.is_some_and(|region| region.address() + region.memory.view().len() > address)
+}
+
 pub fn all() -> Vec<Arc<Region>> {
     lock().values().filter_map(Weak::upgrade).collect()
 }

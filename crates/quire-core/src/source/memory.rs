@@ -47,6 +47,10 @@ impl ReadAt for Memory {
         Ok(())
     }
 
+    fn address_of(&self, offset: u64, len: usize) -> Option<usize> {
+        (offset + len as u64 <= self.length as u64).then(|| self.address + offset as usize)
+    }
+
     fn is_signal_safe(&self) -> bool {
         true
     }

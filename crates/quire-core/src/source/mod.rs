@@ -81,6 +81,11 @@ pub trait ReadAt: Send + Sync {
     /// Fill all of `into` with the bytes from `offset` on. The range lies within the size.
     fn read_at(&self, offset: u64, into: &mut [u8]) -> Filled;
 
+    /// Where a range lies in this process's memory, if it does and stays there as long as the object lives.
+    fn address_of(&self, _offset: u64, _len: usize) -> Option<usize> {
+        None
+    }
+
     /// Whether `read_at` may be called in a signal handler: it allocates nothing and takes no lock.
     fn is_signal_safe(&self) -> bool {
         false
@@ -168,6 +173,11 @@ pub trait Source: Send + Sync {
         offset..offset
     }
 
+    /// As `ReadAt::address_of`.
+    fn address_of(&self, _offset: u64, _len: usize) -> Option<usize> {
+        None
+    }
+
     /// Whether `fill` may be called in a signal handler: it allocates nothing and takes no lock.
     fn is_signal_safe(&self) -> bool {
         false
@@ -194,6 +204,10 @@ impl<R: ReadAt> Source for Plain<R> {
         self.0.read_at(offset, into)
     }
 
+    fn address_of(&self, offset: u64, len: usize) -> Option<usize> {
+        self.0.address_of(offset, len)
+    }
+
     fn is_signal_safe(&self) -> bool {
         self.0.is_signal_safe()
     }
@@ -214,6 +228,10 @@ impl<R: ReadAt + ?Sized> ReadAt for Arc<R> {
 
     fn read_at(&self, offset: u64, into: &mut [u8]) -> Filled {
         (**self).read_at(offset, into)
+    }
+
+    fn address_of(&self, offset: u64, len: usize) -> Option<usize> {
+        (**self).address_of(offset, len)
     }
 
     fn is_signal_safe(&self) -> bool {

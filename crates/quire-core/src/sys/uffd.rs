@@ -3,6 +3,7 @@
 
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 
+use crate::sys::memfd::Piece;
 use crate::{Error, Result};
 
 pub const FEATURE_PAGEFAULT_FLAG_WP: u64 = 1 << 0;
@@ -108,13 +109,12 @@ impl Uffd {
     /// Allocates nothing and takes no lock, so it may be called in a signal handler.
     ///
     /// Stops at the first page that exists. ENOENT and ESRCH (the range was unmapped, the process ends) are errors.
-    pub fn copy(&self, addr: usize, bytes: &[u8]) -> Result<Copied> {
+    pub fn copy(&self, addr: usize, from: Piece) -> Result<Copied> {
         let mut done = 0;
-        while done < bytes.len() {
-            let len = (bytes.len() - done) as u64;
-            let mut arg = [(addr + done) as u64, bytes[done..].as_ptr() as u64, len, 0, 0];
-            // SAFETY: UFFDIO_COPY takes five words; it reads `len` bytes of the slice and writes to missing pages of a
-            // range registered by its owner, into which no Rust reference exists.
+        while done < from.len {
+            let mut arg = [(addr + done) as u64, (from.addr + done) as u64, (from.len - done) as u64, 0, 0];
+            // SAFETY: UFFDIO_COPY takes five words; the kernel reads the piece and reports EFAULT if it is not there, and
+            // writes to missing pages of a range registered by its owner, into which no Rust reference exists.
             let rc = unsafe { libc::ioctl(self.fd.as_raw_fd(), IOC_COPY as _, arg.as_mut_ptr()) };
             if rc == 0 {
                 return Ok(Copied::All);

@@ -1,0 +1,128 @@
+"""Reading a compressed member by random pages: one way of doing it, in a process of its own.
+
+``python -m benches.members WAY PATH SIZE`` prints what it took as JSON: seconds to the first byte and in all, the process's
+largest resident set, and a sum of what was read.
+"""
+
+import json
+import mmap
+import resource
+import sys
+import tempfile
+import time
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+
+from benches.common import PAGE, WORDS
+
+MEMBER = "data.bin"
+SHARE = 0.01
+
+Read = Callable[[int], bytes]
+
+
+def quire_region(path: Path) -> Read:
+    import quire
+
+    view = memoryview(quire.open(f"{path}!/{MEMBER}"))
+    return lambda offset: view[offset : offset + PAGE].tobytes()
+
+
+def by_zipfile(path: Path) -> Read:
+    member = zipfile.ZipFile(path).open(MEMBER)
+
+    def read(offset: int) -> bytes:
+        member.seek(offset)
+        return member.read(PAGE)
+
+    return read
+
+
+def whole_in_memory(path: Path) -> Read:
+    data = zipfile.ZipFile(path).read(MEMBER)
+    return lambda offset: data[offset : offset + PAGE]
+
+
+def unpack_and_map(path: Path) -> Read:
+    folder = tempfile.TemporaryDirectory(dir=path.parent)
+    with open(zipfile.ZipFile(path).extract(MEMBER, folder.name), "rb") as file:
+        view = mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ)
+
+    def read(offset: int, _keep: object = folder) -> bytes:
+        return view[offset : offset + PAGE]
+
+    return read
+
+
+def by_rapidgzip(path: Path) -> Read:
+    import rapidgzip
+
+    file = rapidgzip.open(str(path), parallelization=2)
+
+    def read(offset: int) -> bytes:
+        file.seek(offset)
+        return file.read(PAGE)
+
+    return read
+
+
+def by_indexed_gzip(path: Path) -> Read:
+    import indexed_gzip
+
+    file = indexed_gzip.IndexedGzipFile(str(path))
+
+    def read(offset: int) -> bytes:
+        file.seek(offset)
+        return file.read(PAGE)
+
+    return read
+
+
+def by_ratarmount(path: Path) -> Read:
+    from ratarmountcore.mountsource.factory import open_mount_source
+
+    source = open_mount_source(str(path), writeIndex=False)
+    info = source.lookup(f"/{MEMBER}")
+    if info is None:
+        raise FileNotFoundError(MEMBER)
+    file = source.open(info)
+
+    def read(offset: int) -> bytes:
+        file.seek(offset)
+        return file.read(PAGE)
+
+    return read
+
+
+WAYS: dict[str, Callable[[Path], Read]] = {
+    "quire": quire_region,
+    "zipfile": by_zipfile,
+    "zipfile, whole": whole_in_memory,
+    "unpack and mmap": unpack_and_map,
+    "rapidgzip": by_rapidgzip,
+    "indexed_gzip": by_indexed_gzip,
+    "ratarmountcore": by_ratarmount,
+}
+
+
+def main(way: str, path: Path, size: int) -> None:
+    """Read pages at random and report."""
+    pages = size // PAGE
+    chosen = np.random.default_rng(29).choice(pages, int(pages * SHARE), replace=False)
+    start = time.perf_counter()
+    read = WAYS[way](path)
+    total, first = 0, 0.0
+    for page in chosen.tolist():
+        data = read(page * PAGE)
+        first = first or time.perf_counter() - start
+        total += int(np.frombuffer(data, np.uint64, WORDS).sum())
+    seconds = time.perf_counter() - start
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    print(json.dumps({"first": first, "total": seconds, "peak": peak, "sum": total % (1 << 64)}))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], Path(sys.argv[2]), int(sys.argv[3]))
