@@ -45,7 +45,7 @@ lint: build $(VENV)/.extra-lint $(VENV)/.extra-test $(VENV)/.extra-demo
 	$(BIN)/python -m mypy.stubtest quire._native --mypy-config-file pyproject.toml --ignore-disjoint-bases \
 		--allowlist tools/stubtest_allowlist.txt
 
-bench: build $(VENV)/.extra-bench
+bench: build $(VENV)/.extra-bench $(VENV)/.extra-test
 	$(BIN)/python -m benches
 
 fuzz: build $(VENV)/.extra-test

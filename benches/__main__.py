@@ -9,10 +9,10 @@ from pathlib import Path
 # Threads of a linear algebra library would be stopped by every fork, at the cost of the peer.
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
-from benches import diff, growth, handover, machine, report, starting, versions
+from benches import diff, faults, growth, handover, machine, regions, report, starting, versions
 from benches.common import FULL, QUICK
 
-ROWS = ("versions", "handover", "diff", "first", "import", "growth")
+ROWS = ("versions", "handover", "diff", "first", "faults", "regions", "import", "growth")
 
 
 def main() -> int:
@@ -47,6 +47,10 @@ def main() -> int:
         rows += diff.measure(plan)
     if announce("first"):
         rows.append(versions.first_snapshot(plan))
+    if announce("faults"):
+        rows += faults.measure(plan)
+    if announce("regions"):
+        rows += regions.measure(plan)
     started = starting.measure(plan) if announce("import") else None
     grown = growth.measure(plan) if announce("growth") else None
     report.write(

@@ -43,8 +43,8 @@ def measure(plan: Plan) -> list[Row]:
             raise RuntimeError("no C compiler to build the loop with")
         data = np.random.default_rng(7).integers(0, 256, SIZE, np.uint8)
         for number, mechanism in enumerate(MECHANISMS):
-            for discard in ("never", "kernel") if mechanism != "sigsegv" else ("never",):
-                rows.append(_row(loop, data, number, mechanism, discard, plan.diffs))
+            modes = ("never",) if mechanism == "sigsegv" else ("never", "kernel")
+            rows += [_row(loop, data, number, mechanism, discard, plan.diffs) for discard in modes]
     return rows
 
 

@@ -1,17 +1,17 @@
 """Reading a compressed member by random pages: one way of doing it, in a process of its own.
 
-``python -m benches.members WAY PATH SIZE`` prints what it took as JSON: seconds to the first byte and in all, the process's
-largest resident set, and a sum of what was read.
+``python -m benches.members WAY PATH SIZE PAGES`` prints as JSON what it took: seconds to the first page and
+in all, the process's largest resident set, and a sum of what was read.
 """
 
 import json
 import mmap
-import resource
 import sys
 import tempfile
 import time
 import zipfile
 from collections.abc import Callable
+from importlib import import_module
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +19,6 @@ import numpy as np
 from benches.common import PAGE, WORDS
 
 MEMBER = "data.bin"
-SHARE = 0.01
 
 Read = Callable[[int], bytes]
 
@@ -32,7 +31,7 @@ def quire_region(path: Path) -> Read:
 
 
 def by_zipfile(path: Path) -> Read:
-    member = zipfile.ZipFile(path).open(MEMBER)
+    member = zipfile.ZipFile(path).open(MEMBER)  # noqa: SIM115 - it stays open until the process ends
 
     def read(offset: int) -> bytes:
         member.seek(offset)
@@ -108,10 +107,20 @@ WAYS: dict[str, Callable[[Path], Read]] = {
 }
 
 
-def main(way: str, path: Path, size: int) -> None:
+MODULES = {
+    "quire": ("quire.region", "quire.sources"),
+    "rapidgzip": ("rapidgzip",),
+    "indexed_gzip": ("indexed_gzip",),
+    "ratarmountcore": ("ratarmountcore.mountsource.factory",),
+}
+"""Imported before the clock starts."""
+
+
+def main(way: str, path: Path, size: int, count: int) -> None:
     """Read pages at random and report."""
-    pages = size // PAGE
-    chosen = np.random.default_rng(29).choice(pages, int(pages * SHARE), replace=False)
+    chosen = np.random.default_rng(29).permutation(size // PAGE)[:count]
+    for module in MODULES.get(way, ()):
+        import_module(module)
     start = time.perf_counter()
     read = WAYS[way](path)
     total, first = 0, 0.0
@@ -120,9 +129,11 @@ def main(way: str, path: Path, size: int) -> None:
         first = first or time.perf_counter() - start
         total += int(np.frombuffer(data, np.uint64, WORDS).sum())
     seconds = time.perf_counter() - start
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    # Not getrusage, whose figure begins with that of the process that started this one.
+    status = Path("/proc/self/status").read_text("ascii")
+    peak = int(status.partition("VmHWM:")[2].split()[0]) * 1024
     print(json.dumps({"first": first, "total": seconds, "peak": peak, "sum": total % (1 << 64)}))
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], Path(sys.argv[2]), int(sys.argv[3]))
+    main(sys.argv[1], Path(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4]))

@@ -5,8 +5,6 @@ import os
 import pathlib
 from collections.abc import Iterator
 
-import pytest
-
 ROOT = pathlib.Path("/sys/fs/cgroup")
 
 
@@ -25,11 +23,31 @@ def _parents() -> Iterator[tuple[pathlib.Path, str]]:
                     yield parent, "memory.max"
 
 
+class Refused(Exception):  # noqa: N818
+    """No cgroup with a memory limit can be made here."""
+
+
 @contextlib.contextmanager
 def memory_limit(limit_bytes: int) -> Iterator[str]:
+    """As ``limited_group``, but skips the test where none can be made."""
+    import pytest
+
+    with contextlib.ExitStack() as stack:
+        try:
+            group = stack.enter_context(limited_group(limit_bytes))
+        except Refused as refused:
+            pytest.skip(str(refused))
+        yield group
+
+
+@contextlib.contextmanager
+def limited_group(limit_bytes: int) -> Iterator[str]:
     """A new cgroup with this limit and no swap: the path of the file that a process writes its pid to.
 
-    Skips the test where none can be made. All its processes must have ended when the block does.
+    All its processes must have ended when the block does.
+
+    Raises:
+        Refused: None can be made here.
     """
     refusals = []
     for parent, limit in _parents():
@@ -52,6 +70,6 @@ def memory_limit(limit_bytes: int) -> Iterator[str]:
             return
         finally:
             group.rmdir()
-    pytest.skip(
+    raise Refused(
         "no cgroup with a memory limit can be made: " + ("; ".join(refusals) or "no memory controller")
     )
