@@ -7,7 +7,7 @@ use std::sync::Arc;
 
 use pyo3::buffer::PyBuffer;
 use pyo3::prelude::*;
-use pyo3::types::PyBytes;
+use pyo3::types::{PyBytes, PyMemoryView};
 use quire_core::source::{
     Cache, Deflate, Failure, File, Gzip, Memory, Plain, ReadAt, Slice, SnapshotBytes, Source as CoreSource, Zstd,
 };
@@ -71,13 +71,18 @@ impl Source {
 
     #[staticmethod]
     fn buffer(obj: &Bound<'_, PyAny>) -> Result<Self> {
-        let buffer: PyBuffer<u8> = PyBuffer::get(obj)?;
+        // Held as an object, whose end can wait for a thread that has the GIL. A buffer would ask for it where it is
+        // dropped, which may be a thread that others wait for with the GIL in hand.
+        let view = PyMemoryView::from(obj)?;
+        let buffer: PyBuffer<u8> = PyBuffer::get(&view)?;
         if !buffer.is_c_contiguous() {
             return Err(invalid("the buffer is not contiguous"));
         }
         let (address, length) = (buffer.buf_ptr() as usize, buffer.len_bytes());
-        // SAFETY: the exporter keeps the bytes in place while the buffer is held, which is as long as the source lives.
-        Ok(Self::plain(unsafe { Memory::borrowed(address, length, Box::new(buffer)) }))
+        let owner: Py<PyMemoryView> = view.unbind();
+        // SAFETY: the exporter keeps the bytes in place while a view is held, and nobody else has this one to release
+        // it; it is held as long as the source lives.
+        Ok(Self::plain(unsafe { Memory::borrowed(address, length, Box::new(owner)) }))
     }
 
     #[staticmethod]

@@ -11,6 +11,7 @@ use super::{
 };
 use crate::Result;
 use crate::sys::memfd::Piece;
+use crate::sys::process::Blocked;
 use crate::sys::signals;
 
 /// Bytes asked of a source at once where it does not matter: enough to make calls cheap, and small enough for the
@@ -155,7 +156,11 @@ impl Region {
                 buffer.resize(len, 0);
             }
             let at = self.span(first, last).0;
-            let outcome = self.produce_bytes(at, &mut buffer[..len]).and_then(|()| self.after_produced(first, last));
+            let outcome = self.ask(at, &mut buffer[..len]).and_then(|()| {
+                self.count_fills(first, last);
+                self.memory.install(at, &buffer[..len])?;
+                self.after_produced(first, last)
+            });
             if buffer.len() > 2 * CHUNK {
                 *buffer = Vec::new();
             }
@@ -176,19 +181,25 @@ impl Region {
         self.ask(at, &mut buffer)?;
         self.placing.fetch_add(1, Ordering::AcqRel);
         let region = Arc::clone(self);
-        jobs::submit(Box::new(move || {
-            let outcome = match region.gate.try_enter() {
-                Some(_inside) => region.memory.install(at, &buffer).map_err(RegionError::from),
-                // The process forks or the region is closed: what was produced is dropped.
-                None => Err(crate::Error::Invalid(String::new()).into()),
-            };
-            region.placing.fetch_sub(1, Ordering::AcqRel);
-            let outcome = match outcome.and_then(|()| region.after_produced(first, last)) {
-                Ok(()) => Outcome::Filled,
-                Err(_) => Outcome::Unchanged,
-            };
-            region.release_or_complain(first, last, outcome);
-        }));
+        jobs::submit(
+            jobs::Kind::Placing,
+            Box::new(move || {
+                let outcome = match region.gate.try_enter() {
+                    Some(_inside) => {
+                        region.count_fills(first, last);
+                        region.memory.install(at, &buffer).map_err(RegionError::from)
+                    }
+                    // The process forks or the region is closed: what was produced is dropped.
+                    None => Err(crate::Error::Invalid(String::new()).into()),
+                };
+                region.placing.fetch_sub(1, Ordering::AcqRel);
+                let outcome = match outcome.and_then(|()| region.after_produced(first, last)) {
+                    Ok(()) => Outcome::Filled,
+                    Err(_) => Outcome::Unchanged,
+                };
+                region.release_or_complain(first, last, outcome);
+            }),
+        );
         Ok(())
     }
 
@@ -200,8 +211,11 @@ impl Region {
             return Ok(false);
         }
         let Some(addr) = self.source.address_of(at as u64, len) else { return Ok(false) };
-        let Some(outcome) = self.memory.install_from(at, Piece { addr, len }) else { return Ok(false) };
-        outcome?;
+        if !self.memory.can_install_from() {
+            return Ok(false);
+        }
+        self.count_fills(first, last);
+        self.memory.install_from(at, Piece { addr, len })?;
         stats::add(&self.counters.bytes, len as u64);
         self.after_produced(first, last)?;
         Ok(true)
@@ -219,7 +233,7 @@ impl Region {
     fn ask(&self, at: usize, buffer: &mut [u8]) -> std::result::Result<(), RegionError> {
         let len = buffer.len();
         let useful = len.min((self.size - at as u64) as usize);
-        let outcome = self.source.fill(at as u64, &mut buffer[..useful]);
+        let outcome = self.ask_source(at as u64, &mut buffer[..useful]);
         if let Err(failure) = outcome {
             stats::add(&self.counters.failures, 1);
             return Err(failure.into());
@@ -227,6 +241,12 @@ impl Region {
         buffer[useful..len].fill(0);
         stats::add(&self.counters.bytes, useful as u64);
         Ok(())
+    }
+
+    /// A source that panics has failed. Going on, the panic would end a thread that others wait for, with claims in hand.
+    fn ask_source(&self, offset: u64, into: &mut [u8]) -> std::result::Result<(), Failure> {
+        let ask = std::panic::AssertUnwindSafe(|| self.source.fill(offset, into));
+        std::panic::catch_unwind(ask).unwrap_or_else(|_| Err(Failure::new("the source panicked", offset)))
     }
 
     /// Bytes of windows were installed: let the kernel have them if it may.
@@ -238,27 +258,38 @@ impl Region {
     }
 
     fn give_to_kernel(&self, first: usize, last: usize) -> Result<()> {
-        if (first..last).all(|window| !self.windows.is_pinned(window)) {
+        // Looked at and noted while claimed: who pins one of them later waits for the claim, and finds the note.
+        let mut all = true;
+        for window in first..last {
+            let given = !self.windows.is_pinned(window);
+            self.windows.set_given(window, given);
+            all &= given;
+        }
+        if all {
             let (at, len) = self.span(first, last);
             return self.memory.free_lazily(at, len);
         }
-        for window in (first..last).filter(|window| !self.windows.is_pinned(*window)) {
+        for window in (first..last).filter(|window| self.windows.is_given(*window)) {
             let (at, len) = self.span(window, window + 1);
             self.memory.free_lazily(at, len)?;
         }
         Ok(())
     }
 
-    /// Give claims back, count what was filled, and wake who waits.
+    /// Count windows that are about to be filled. Before their pages are there, so that who has touched one finds it
+    /// counted.
+    pub(super) fn count_fills(&self, first: usize, last: usize) {
+        stats::add(&self.counters.fills, (last - first) as u64);
+        let again = (first..last).filter(|window| self.windows.was_filled(*window)).count();
+        stats::add(&self.counters.refills, again as u64);
+    }
+
+    /// Give claims back and wake who waits.
     pub(super) fn release(&self, first: usize, last: usize, outcome: Outcome) -> Result<()> {
         for window in first..last {
             let (at, len) = self.span(window, window + 1);
             if outcome == Outcome::Filled {
-                stats::add(&self.counters.fills, 1);
                 self.filled_at[window].store(pressure::now(), Ordering::Relaxed);
-                if self.windows.was_filled(window) {
-                    stats::add(&self.counters.refills, 1);
-                }
                 if !self.windows.is_open(window) {
                     self.held_bytes.fetch_add(len as u64, Ordering::AcqRel);
                 }
@@ -294,7 +325,13 @@ impl Region {
     }
 
     /// Fill windows nobody has asked for yet, quietly: a failure ends it, and is met again when a window is touched.
-    fn fill_ahead(self: &Arc<Self>, mut first: usize, mut last: usize) {
+    fn fill_ahead(self: &Arc<Self>, first: usize, last: usize) {
+        self.produce_ahead(first, last);
+        // What is still to be put in place may be what all the other threads wait for.
+        jobs::help_placing();
+    }
+
+    fn produce_ahead(self: &Arc<Self>, mut first: usize, mut last: usize) {
         let mut marks = [0; CHUNK / PAGE_BYTES];
         let most = (CHUNK / self.window).max(1);
         while first < last {
@@ -318,14 +355,33 @@ impl Region {
     /// The same in other threads, as many as pay off.
     pub(super) fn fill_later(self: &Arc<Self>, first: usize, last: usize) {
         let step = (self.chunk_bytes() / self.window).max(1);
-        for start in (first..last).step_by(step) {
-            let region = Arc::clone(self);
-            jobs::submit(Box::new(move || {
-                if let Some(_inside) = region.gate.try_enter() {
-                    region.fill_ahead(start, (start + step).min(last));
-                }
-            }));
+        let parts = (last.saturating_sub(first)).div_ceil(step);
+        let next = Arc::new(AtomicUsize::new(first));
+        for _ in 0..parts.min(jobs::MOST_THREADS) {
+            self.fill_next_later(Arc::clone(&next), step, last);
         }
+    }
+
+    /// One step of what `fill_later` does; the next goes to the end of the queue, so that a long range neither fills the
+    /// queue nor holds up who comes after it.
+    fn fill_next_later(self: &Arc<Self>, next: Arc<AtomicUsize>, step: usize, last: usize) {
+        // Waiting in the queue keeps no region from ending.
+        let region = Arc::downgrade(self);
+        jobs::submit(
+            jobs::Kind::Later,
+            Box::new(move || {
+                let Some(region) = region.upgrade() else { return };
+                let start = next.fetch_add(step, Ordering::Relaxed);
+                if start >= last {
+                    return;
+                }
+                if let Some(inside) = region.gate.try_enter() {
+                    region.fill_ahead(start, (start + step).min(last));
+                    drop(inside);
+                    region.fill_next_later(next, step, last);
+                }
+            }),
+        );
     }
 
     /// Fill what is missing of windows, now.
@@ -344,7 +400,12 @@ impl Region {
             self.ensure_part(start, (start + step).min(last))?;
         };
         std::thread::scope(|scope| {
-            let threads: Vec<_> = (1..parallel).map(|_| scope.spawn(take_turns)).collect();
+            // As many helpers as can be had: without any, this thread does it all.
+            let start = |_| std::thread::Builder::new().spawn_scoped(scope, take_turns).ok();
+            let threads: Vec<_> = {
+                let _inherited = Blocked::all_but_faults();
+                (1..parallel).map_while(start).collect()
+            };
             let own = take_turns();
             threads.into_iter().fold(own, |outcome, thread| {
                 outcome.and(thread.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic)))
@@ -387,11 +448,8 @@ impl Region {
         Ok(())
     }
 
-    /// Fill a window again with new pages.
-    pub(super) fn refill(&self, window: usize) -> std::result::Result<(), RegionError> {
-        if self.windows.claim_waiting(window) != Claim::Ours {
-            return Ok(());
-        }
+    /// Fill a claimed window again with new pages.
+    pub(super) fn refill_claimed(&self, window: usize) -> std::result::Result<(), RegionError> {
         let (at, len) = self.span(window, window + 1);
         let outcome = match self.memory.take(at, len) {
             Ok(()) => self.fill_claimed(window, window + 1),

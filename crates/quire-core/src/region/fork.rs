@@ -8,7 +8,7 @@ use super::{handler, jobs, lock, pager, pressure, registry};
 use crate::Result;
 use crate::sys::{fork, signals};
 
-/// Held while a region is closed and while the process forks, so that none is half closed in the child.
+/// Held while a region is made known or closed and while the process forks, so that none is half closed in the child.
 static CLOSING: Mutex<()> = Mutex::new(());
 
 pub fn closing() -> MutexGuard<'static, ()> {
@@ -23,7 +23,10 @@ pub fn enlist() -> Result<()> {
 
 extern "C" fn prepare() {
     fork::keep_guard(Box::new(closing()));
-    for region in registry::all() {
+    // The youngest first: who fills a region may have to wait for an older one, in whose memory its source lies.
+    let mut regions = registry::all();
+    regions.sort_unstable_by_key(|region| std::cmp::Reverse(region.born));
+    for region in &regions {
         region.gate.shut();
     }
     fork::keep_guard(Box::new(registry::lock()));
@@ -64,5 +67,6 @@ extern "C" fn in_child() {
             signals::complain(text.as_bytes());
         }
         region.gate.enter_child();
+        region.touching.enter_child();
     }
 }

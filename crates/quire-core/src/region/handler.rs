@@ -8,21 +8,19 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicUsize, Ordering};
 use std::time::Instant;
 
-use super::{Backend, Claim, Failure, Outcome, Region, RegionError, jobs, registry, stats};
+use super::{Backend, Claim, Discard, Failure, Outcome, Region, RegionError, jobs, registry, stats};
 use crate::Result;
 use crate::sys::area::{Access, Area};
 use crate::sys::fork::PerProcess;
-use crate::sys::{futex, signals};
+use crate::sys::{futex, signals, threads};
 
 /// Have touches of a region served in signal handlers from now on.
 pub fn serve_for(region: &Arc<Region>) -> Result<()> {
     let signal = if region.backend() == Backend::Signal { &signals::BUS } else { &signals::SEGV };
     signal.claim(on_fault)?;
     BUFFERS.get_or_make(Buffers::new)?;
-    if !region.source.is_signal_safe() && THREAD.get().is_none() {
-        let thread = std::thread::Builder::new().name("quire-notes".to_owned()).spawn(read_notes);
-        let failed = |error: std::io::Error| crate::Error::os("pthread_create", error.raw_os_error().unwrap_or(0));
-        thread.map_err(failed)?;
+    if !region.is_filled_in_handlers() && THREAD.get().is_none() {
+        threads::start("quire-notes", read_notes)?;
         THREAD.get_or_make(|| Ok(()))?;
     }
     Ok(())
@@ -39,8 +37,16 @@ impl Region {
         if window >= self.windows.len() {
             return false;
         }
-        if !self.source.is_signal_safe() {
-            return leave_note(self.address(), window) && signals::repeats_are_few(address);
+        let touched = self.address() + window * self.window;
+        if !self.is_filled_in_handlers() {
+            return match leave_note(self.address(), window) {
+                Answer::Filled => {
+                    signals::forget_repeats(touched);
+                    true
+                }
+                Answer::Found => signals::repeats_are_few(touched),
+                Answer::Failed => false,
+            };
         }
         match self.windows.claim_waiting(window) {
             Claim::Ours => {}
@@ -50,8 +56,9 @@ impl Region {
                 return false;
             }
         }
-        let outcome = if self.is_filled_for_handler(window) {
-            self.release(window, window + 1, Outcome::Unchanged)
+        if self.is_filled_for_handler(window) {
+            let released = self.release(window, window + 1, Outcome::Unchanged);
+            released.is_ok() && signals::repeats_are_few(touched)
         } else {
             self.note_touch(window);
             stats::add(&self.counters.faults, 1);
@@ -68,9 +75,14 @@ impl Region {
             let released = self.release(window, window + 1, Outcome::Filled);
             self.counters.served(started.elapsed());
             self.run_ahead(window + 1, (window + ahead).min(self.windows.len()));
-            released
-        };
-        outcome.is_ok() && signals::repeats_are_few(address)
+            signals::forget_repeats(touched);
+            released.is_ok()
+        }
+    }
+
+    /// Whether the toucher fills in its handler. Making room, too, needs memory and locks.
+    fn is_filled_in_handlers(&self) -> bool {
+        self.source.is_signal_safe() && self.discard != Discard::Pressure
     }
 
     /// Whether a claimed window needs no filling, because another thread has done it in between.
@@ -94,6 +106,7 @@ impl Region {
             for part in (0..len).step_by(buffer.len()) {
                 self.produce_bytes(at + part, &mut buffer[..(len - part).min(BUFFER)])?;
             }
+            self.count_fills(window, window + 1);
             self.after_produced(window, window + 1)
         })
     }
@@ -116,21 +129,21 @@ impl Region {
     /// Fill a window that a signal handler asked for, and go on once it has its answer.
     fn serve_note(self: &Arc<Self>, note: &Note, window: usize) {
         let started = Instant::now();
-        let Ok(_inside) = self.inside() else { return note.answer(false) };
+        let Ok(_inside) = self.inside() else { return note.answer(Answer::Failed) };
         self.ahead.chase(window, self.most_ahead());
         match self.windows.claim_waiting(window) {
             Claim::Ours if self.is_filled_for_handler(window) => {
                 let released = self.release(window, window + 1, Outcome::Unchanged);
-                note.answer(released.is_ok());
+                note.answer(if released.is_ok() { Answer::Found } else { Answer::Failed });
             }
             Claim::Ours => {
                 let ahead = self.demand(window, started);
-                note.answer(ahead.is_some());
+                note.answer(if ahead.is_some() { Answer::Filled } else { Answer::Failed });
                 if let Some(ahead) = ahead {
                     self.go_ahead(ahead);
                 }
             }
-            Claim::Busy | Claim::Failed => note.answer(false),
+            Claim::Busy | Claim::Failed => note.answer(Answer::Failed),
         }
     }
 
@@ -216,11 +229,17 @@ const WRITING: u32 = 1;
 const ASKED: u32 = 2;
 const TAKEN: u32 = 3;
 const SERVED: u32 = 4;
-const FAILED: u32 = 5;
+const FOUND: u32 = 5;
+const FAILED: u32 = 6;
 
 impl Note {
-    fn answer(&self, served: bool) {
-        self.state.store(if served { SERVED } else { FAILED }, Ordering::Release);
+    fn answer(&self, answer: Answer) {
+        let end = match answer {
+            Answer::Filled => SERVED,
+            Answer::Found => FOUND,
+            Answer::Failed => FAILED,
+        };
+        self.state.store(end, Ordering::Release);
         futex::wake_all(&self.state);
     }
 }
@@ -231,8 +250,19 @@ static NOTES: [Note; 256] =
 static CALLS: AtomicU32 = AtomicU32::new(0);
 static THREAD: PerProcess<()> = PerProcess::new();
 
-/// In a handler: have another thread fill a window, and wait for it. False if it cannot be had.
-fn leave_note(region: usize, window: usize) -> bool {
+/// What became of a note.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Answer {
+    /// The window was missing and is filled.
+    Filled,
+    /// It was there.
+    Found,
+    /// It cannot be had.
+    Failed,
+}
+
+/// In a handler: have another thread fill a window, and wait for it.
+fn leave_note(region: usize, window: usize) -> Answer {
     let note = loop {
         let free =
             |note: &&Note| note.state.compare_exchange(FREE, WRITING, Ordering::AcqRel, Ordering::Relaxed).is_ok();
@@ -248,9 +278,13 @@ fn leave_note(region: usize, window: usize) -> bool {
     futex::wake_all(&CALLS);
     loop {
         match note.state.load(Ordering::Acquire) {
-            end @ (SERVED | FAILED) => {
+            end @ (SERVED | FOUND | FAILED) => {
                 note.state.store(FREE, Ordering::Release);
-                return end == SERVED;
+                return match end {
+                    SERVED => Answer::Filled,
+                    FOUND => Answer::Found,
+                    _ => Answer::Failed,
+                };
             }
             seen => futex::wait(&note.state, seen),
         }
@@ -264,14 +298,17 @@ fn read_notes() {
             if note.state.compare_exchange(ASKED, TAKEN, Ordering::AcqRel, Ordering::Relaxed).is_err() {
                 continue;
             }
-            jobs::submit(Box::new(move || {
-                let region = registry::find(note.region.load(Ordering::Acquire));
-                let window = note.window.load(Ordering::Acquire);
-                match region {
-                    Some(region) => region.serve_note(note, window),
-                    None => note.answer(false),
-                }
-            }));
+            jobs::submit(
+                jobs::Kind::Note,
+                Box::new(move || {
+                    let region = registry::find(note.region.load(Ordering::Acquire));
+                    let window = note.window.load(Ordering::Acquire);
+                    match region {
+                        Some(region) => region.serve_note(note, window),
+                        None => note.answer(Answer::Failed),
+                    }
+                }),
+            );
         }
         futex::wait_long(&CALLS, seen);
     }

@@ -6,11 +6,12 @@ use std::time::Duration;
 
 use super::lock;
 use crate::sys::fork::PerProcess;
+use crate::sys::threads;
 
 pub type Job = Box<dyn FnOnce() + Send>;
 
 /// Threads at once, and how long an idle one stays.
-const MOST_THREADS: usize = 16;
+pub const MOST_THREADS: usize = 16;
 const IDLE: Duration = Duration::from_secs(10);
 
 #[derive(Default)]
@@ -21,32 +22,61 @@ struct Pool {
 
 #[derive(Default)]
 struct State {
-    queue: VecDeque<Job>,
+    /// By kind.
+    queues: [VecDeque<Job>; 3],
     threads: usize,
     idle: usize,
+}
+
+impl State {
+    fn waiting(&self) -> usize {
+        self.queues.iter().map(VecDeque::len).sum()
+    }
 }
 
 /// In a forked child the threads are gone, and locks that they hold would be held for ever.
 static POOL: PerProcess<Pool> = PerProcess::new();
 
+/// What a job is for; those of an earlier kind are done first.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Kind {
+    /// Putting what was produced in place, for which whoever serves a note may wait.
+    Placing,
+    /// Serving a signal handler, for which a thread waits.
+    Note,
+    /// What nobody waits for.
+    Later,
+}
+
 /// Have a job done soon by another thread.
-pub fn submit(job: Job) {
+pub fn submit(kind: Kind, job: Job) {
     let Ok(pool) = POOL.get_or_make(|| Ok(Pool::default())) else { unreachable!("making a pool cannot fail") };
     let mut state = lock(&pool.state);
-    state.queue.push_back(job);
-    if state.idle >= state.queue.len() || state.threads >= MOST_THREADS {
+    state.queues[kind as usize].push_back(job);
+    if state.idle >= state.waiting() || state.threads >= MOST_THREADS {
         pool.more.notify_one();
         return;
     }
     state.threads += 1;
-    let started = std::thread::Builder::new().name("quire-fill".to_owned()).spawn(|| work(pool));
-    if started.is_err() {
+    if threads::start("quire-fill", || work(pool)).is_err() {
         state.threads -= 1;
         if state.threads == 0 {
             // No thread can be had at all: whoever submits does the work.
-            let jobs = std::mem::take(&mut state.queue);
+            let jobs = std::mem::take(&mut state.queues);
             drop(state);
-            jobs.into_iter().for_each(|job| job());
+            jobs.into_iter().flatten().for_each(|job| job());
+        }
+    }
+}
+
+/// Do what is to be put in place, with no other thread.
+pub fn help_placing() {
+    let Some(pool) = POOL.get() else { return };
+    loop {
+        let job = lock(&pool.state).queues[Kind::Placing as usize].pop_front();
+        match job {
+            Some(job) => job(),
+            None => return,
         }
     }
 }
@@ -54,7 +84,7 @@ pub fn submit(job: Job) {
 fn work(pool: &Pool) {
     let mut state = lock(&pool.state);
     loop {
-        if let Some(job) = state.queue.pop_front() {
+        if let Some(job) = state.queues.iter_mut().find_map(VecDeque::pop_front) {
             drop(state);
             job();
             state = lock(&pool.state);
@@ -64,7 +94,7 @@ fn work(pool: &Pool) {
         let (next, wait) = pool.more.wait_timeout(state, IDLE).unwrap_or_else(PoisonError::into_inner);
         state = next;
         state.idle -= 1;
-        if wait.timed_out() && state.queue.is_empty() {
+        if wait.timed_out() && state.waiting() == 0 {
             state.threads -= 1;
             return;
         }

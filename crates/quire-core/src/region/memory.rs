@@ -33,6 +33,8 @@ pub struct Memory {
     access: Access,
     /// A forked child did not get the addresses back: they belong to somebody else.
     lost: AtomicBool,
+    /// A window was hidden behind an empty file, because this kernel has no poison.
+    hidden: AtomicBool,
 }
 
 enum Behind {
@@ -58,7 +60,8 @@ impl Memory {
             (None, _) => Behind::Pages,
         };
         let access = if executable { Access::ReadExecute } else { Access::Read };
-        let memory = Self { view, behind, backend, access, lost: AtomicBool::new(false) };
+        let memory =
+            Self { view, behind, backend, access, lost: AtomicBool::new(false), hidden: AtomicBool::new(false) };
         memory.map()?;
         Ok(memory)
     }
@@ -149,12 +152,16 @@ impl Memory {
         }
     }
 
-    /// The same with whole pages that lie somewhere in memory, if this backend can take them from there. None: it cannot.
-    pub fn install_from(&self, offset: usize, pages: Piece) -> Option<Result<()>> {
-        match self.uffd() {
-            Ok(None) => None,
-            Ok(Some(uffd)) => Some(self.copy_missing(uffd, offset, pages)),
-            Err(error) => Some(Err(error)),
+    /// Whether pages can be taken from where they lie in memory.
+    pub fn can_install_from(&self) -> bool {
+        matches!(self.backend, Backend::Thread | Backend::Signal)
+    }
+
+    /// The same as `install` with whole pages that lie somewhere in memory, if `can_install_from`.
+    pub fn install_from(&self, offset: usize, pages: Piece) -> Result<()> {
+        match self.uffd()? {
+            Some(uffd) => self.copy_missing(uffd, offset, pages),
+            None => Err(Error::Unsupported("pages are installed from a buffer only".to_owned())),
         }
     }
 
@@ -212,6 +219,7 @@ impl Memory {
                 Err(error) if error.errno() == libc::EEXIST => {}
                 Err(error) if error.errno() == libc::EINVAL || error.errno() == libc::ENOTTY => {
                     // Before Linux 6.6: a mapping of an empty file faults the same way, until it is taken.
+                    self.hidden.store(true, Ordering::Release);
                     let empty = memfd::create(c"quire-failed")?;
                     self.view.map_file(offset, len, empty.as_fd(), 0, Sharing::Shared, self.access)?;
                     break;
@@ -222,17 +230,22 @@ impl Memory {
         uffd.wake(addr, len)
     }
 
-    /// After `poison` by mapping an empty file: map and register again.
+    /// After `poison` by mapping an empty file: map and register again. Nothing is readable before it is registered, since
+    /// somebody who touches it meanwhile would read zeros.
     pub fn mend(&self, offset: usize, len: usize) -> Result<()> {
         let Some(uffd) = self.uffd()? else { return Ok(()) };
+        if !self.hidden.load(Ordering::Acquire) {
+            return Ok(()); // poison goes with the pages
+        }
         match &self.behind {
             Behind::Shared(file) => {
-                self.view.map_file(offset, len, file.as_fd(), offset as u64, Sharing::Shared, self.access)?;
+                self.view.map_file(offset, len, file.as_fd(), offset as u64, Sharing::Shared, Access::None)?;
             }
-            _ => self.view.map_zero(offset, len, self.access)?,
+            _ => self.view.map_zero(offset, len, Access::None)?,
         }
         self.view.dont_fork(offset, len)?;
-        uffd.register(self.view.addr() + offset, len, crate::sys::uffd::MODE_MISSING)
+        uffd.register(self.view.addr() + offset, len, crate::sys::uffd::MODE_MISSING)?;
+        self.view.protect(offset, len, self.access)
     }
 
     /// Wake who waits for pages of a range, to look again.

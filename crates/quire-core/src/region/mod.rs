@@ -16,6 +16,7 @@ mod pressure;
 mod registry;
 mod stats;
 mod windows;
+mod zeroed;
 
 use std::collections::HashMap;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
@@ -24,7 +25,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use crate::pages::{PAGE, PageRange, push_merged};
 use crate::source::{Failure, Source};
-use crate::sys::memfd;
+use crate::sys::{memfd, signals};
 use crate::{Error, Result};
 
 pub use memory::Backend;
@@ -35,6 +36,7 @@ use gate::{Gate, Inside};
 use memory::Memory;
 use stats::Counters;
 use windows::{Claim, Outcome, Windows};
+use zeroed::Zeroed;
 
 /// The smallest and largest window, in bytes.
 pub const MIN_WINDOW: u64 = PAGE;
@@ -95,15 +97,17 @@ pub struct Region {
     window: usize,
     /// The source's bytes lie in memory of another region, so that reading them may need the pager.
     nested: bool,
+    /// When it was made, among all regions.
+    born: u64,
     discard: Discard,
     budget_bytes: Option<u64>,
     memory: Memory,
     windows: Windows,
     /// When each window was first asked for by a touch, from 1 on; 0 for never.
-    order: Box<[AtomicU32]>,
+    order: Zeroed<AtomicU32>,
     touched: AtomicU32,
     /// When each window was last filled, by the clock of `pressure`.
-    filled_at: Box<[AtomicU32]>,
+    filled_at: Zeroed<AtomicU32>,
     /// Bytes filled and not taken back by us; an upper bound of what is resident.
     held_bytes: AtomicU64,
     counters: Counters,
@@ -111,9 +115,20 @@ pub struct Region {
     /// Chunks that were produced and wait for another thread to put them in place.
     placing: AtomicUsize,
     gate: Gate,
+    /// Passed by those who touch the memory themselves, and shut by closing only: they may have to wait for somebody who
+    /// fills, and has to pass `gate`.
+    touching: Gate,
     pins: Mutex<HashMap<usize, u32>>,
     failures: Mutex<HashMap<usize, Failure>>,
+    /// No more touching, and then no more filling.
+    closing: AtomicBool,
     closed: AtomicBool,
+}
+
+static BORN: AtomicU64 = AtomicU64::new(0);
+
+fn closed() -> Error {
+    Error::Invalid("the region is closed".to_owned())
 }
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
@@ -133,7 +148,9 @@ const SHARED_SEALS: i32 = libc::F_SEAL_SHRINK | libc::F_SEAL_GROW | libc::F_SEAL
 /// Refuse a file that could shrink under us, or is not as long as the source.
 fn check_shared_file(file: BorrowedFd<'_>, size: u64) -> Result<()> {
     let len = memfd::status(file)?.size;
-    let sealed = memfd::seals(file).is_some_and(|seals| seals & SHARED_SEALS == SHARED_SEALS);
+    let sealed = memfd::seals(file).is_some_and(|seals| {
+        seals & SHARED_SEALS == SHARED_SEALS && seals & (libc::F_SEAL_WRITE | libc::F_SEAL_FUTURE_WRITE) == 0
+    });
     if !sealed || !memfd::is_tmpfs(file) || len != memory_len(size) as u64 {
         return Err(Error::Malformed(format!(
             "a file of {len} bytes is not that of a shared region of {size} bytes, or is not sealed as such"
@@ -145,12 +162,6 @@ fn check_shared_file(file: BorrowedFd<'_>, size: u64) -> Result<()> {
 /// Bytes of memory that a source of `size` bytes takes: whole pages, and one at least.
 fn memory_len(size: u64) -> usize {
     size.next_multiple_of(PAGE).max(PAGE) as usize
-}
-
-fn zeros(count: usize) -> Box<[AtomicU32]> {
-    let mut numbers = Vec::new();
-    numbers.resize_with(count, AtomicU32::default);
-    numbers.into_boxed_slice()
 }
 
 impl Region {
@@ -182,7 +193,8 @@ impl Region {
             Discard::Pressure if !memory.can_be_taken() => Discard::Never,
             wanted => wanted,
         };
-        let count = usize::try_from(size.div_ceil(window)).expect("fits, since the size does");
+        // One at least: there is a page that can be touched, though by none of the region's bytes.
+        let count = usize::try_from(size.div_ceil(window).max(1)).expect("fits, since the size does");
         let nested = source.address_of(0, size as usize).is_some_and(|addr| registry::overlaps(addr, size as usize));
         let region = Arc::new(Self {
             name: settings.name,
@@ -190,20 +202,23 @@ impl Region {
             size,
             window: window as usize,
             nested,
+            born: BORN.fetch_add(1, Ordering::AcqRel),
             discard,
             budget_bytes: settings.budget_bytes,
             memory,
-            windows: Windows::new(count),
-            order: zeros(count),
-            filled_at: zeros(count),
+            windows: Windows::new(count)?,
+            order: Zeroed::new(count)?,
+            filled_at: Zeroed::new(count)?,
             touched: AtomicU32::new(0),
             held_bytes: AtomicU64::new(0),
             counters: Counters::default(),
             ahead: Ahead::default(),
             placing: AtomicUsize::new(0),
             gate: Gate::default(),
+            touching: Gate::default(),
             pins: Mutex::default(),
             failures: Mutex::default(),
+            closing: AtomicBool::new(false),
             closed: AtomicBool::new(false),
         });
         if settings.backend == Backend::Eager {
@@ -211,7 +226,11 @@ impl Region {
             region.memory.finish_eager()?;
         } else {
             fork::enlist()?;
-            registry::add(&region)?;
+            {
+                // A fork under way has shut all older regions.
+                let _no_fork = fork::closing();
+                registry::add(&region)?;
+            }
             pager::serve_for(&region)?;
             if discard == Discard::Pressure {
                 pressure::watch();
@@ -270,7 +289,7 @@ impl Region {
     /// Keep the region from being closed and the process from forking.
     fn inside(&self) -> Result<Inside<'_>> {
         let is_open = || !self.closed.load(Ordering::Acquire);
-        self.gate.enter(is_open).ok_or_else(|| Error::Invalid("the region is closed".to_owned()))
+        self.gate.enter(is_open).ok_or_else(closed)
     }
 
     /// Windows that overlap a range of bytes.
@@ -312,7 +331,8 @@ impl Region {
         /// Pages can be taken between filling and copying, but not for ever.
         const TRIES: u32 = 3;
         self.covering(offset, into.len() as u64)?;
-        let _inside = self.inside()?;
+        let is_open = || !self.closing.load(Ordering::Acquire);
+        let _touching = self.touching.enter(is_open).ok_or_else(closed)?;
         let mut done = 0;
         while done < into.len() {
             let at = offset + done as u64;
@@ -320,11 +340,15 @@ impl Region {
             let part = &mut into[done..done + step];
             for attempt in 1.. {
                 let (first, last) = self.covering(at, step as u64)?;
-                self.ensure(first, last)?;
+                {
+                    let _inside = self.inside()?;
+                    self.ensure(first, last)?;
+                }
                 if self.memory.view().copy_out(at as usize, part) == step {
                     break;
                 }
                 if attempt == TRIES {
+                    let _inside = self.inside()?;
                     self.source.fill(at, part)?;
                     break;
                 }
@@ -353,13 +377,17 @@ impl Region {
     }
 
     fn make_resident(&self, first: usize, last: usize) -> std::result::Result<(), RegionError> {
-        if self.discard == Discard::Kernel {
-            // What is filled already was given to the kernel: only new pages are safe from it.
-            for window in first..last {
-                let pinned_once = lock(&self.pins).get(&window) == Some(&1);
-                if pinned_once && self.windows.is_open(window) {
-                    self.refill(window)?;
-                }
+        // Whoever fills or takes a window now may not have seen that it is pinned, so each is claimed once; who claims it
+        // after us does see it.
+        for window in first..last {
+            if self.windows.claim_waiting(window) != Claim::Ours {
+                continue; // it has failed: told below
+            }
+            if self.windows.is_given(window) {
+                // Given once, pages can be dropped at any time: only new ones are safe.
+                self.refill_claimed(window)?;
+            } else {
+                self.release(window, window + 1, Outcome::Unchanged)?;
             }
         }
         self.ensure(first, last)
@@ -380,6 +408,8 @@ impl Region {
                 pins.remove(&window);
                 self.windows.set_pinned(window, false);
                 if self.discard == Discard::Kernel {
+                    // Said before it is done: who pins it again has to know.
+                    self.windows.set_given(window, true);
                     let (at, len) = self.span(window, window + 1);
                     self.memory.free_lazily(at, len)?;
                 }
@@ -401,8 +431,7 @@ impl Region {
         let _inside = self.inside()?;
         let mut dropped = 0;
         for window in first..last {
-            let used = self.windows.was_filled(window) || self.windows.has_failed(window);
-            if used && self.take(window)? {
+            if self.windows.was_used(window) && self.take(window)? {
                 dropped += 1;
             }
         }
@@ -415,19 +444,30 @@ impl Region {
             return Ok(false);
         }
         let (at, len) = self.span(window, window + 1);
-        if self.windows.has_failed(window) {
-            // Nobody fills a window that has failed, so there is nobody to wait for.
-            self.memory.take(at, len)?;
-            lock(&self.failures).remove(&window);
-            self.windows.set_taken(window);
-            self.memory.mend(at, len)?;
-            return Ok(true);
+        if self.windows.try_claim_failed(window) {
+            // A file that others show and would not miss pages of stays as it is.
+            let taken = if self.memory.can_be_taken() { self.memory.take(at, len) } else { Ok(()) };
+            let outcome = taken.and_then(|()| self.memory.mend(at, len));
+            if outcome.is_ok() {
+                lock(&self.failures).remove(&window);
+                self.windows.set_taken(window);
+            }
+            self.release(window, window + 1, Outcome::Unchanged)?;
+            return outcome.map(|()| true);
         }
         if self.windows.claim_waiting(window) != Claim::Ours {
             return Ok(false);
         }
         let was_open = self.windows.is_open(window);
-        let outcome = if self.memory.can_be_taken() { self.take_claimed(window) } else { Ok(()) };
+        // Looked at again: whoever has pinned it since waits for the claim, and believes what it finds then.
+        let outcome = if self.windows.is_pinned(window) {
+            self.release(window, window + 1, Outcome::Unchanged)?;
+            return Ok(false);
+        } else if self.memory.can_be_taken() {
+            self.take_claimed(window)
+        } else {
+            Ok(())
+        };
         self.release(window, window + 1, Outcome::Unchanged)?;
         outcome.map(|()| was_open)
     }
@@ -474,7 +514,10 @@ impl Region {
     }
 
     fn close(&self) {
-        if !self.closed.swap(true, Ordering::AcqRel) {
+        if !self.closing.swap(true, Ordering::AcqRel) {
+            // Whoever touches may wait for a window, and is served until it is done.
+            self.touching.shut();
+            self.closed.store(true, Ordering::Release);
             let _no_fork = fork::closing();
             registry::remove(self.address());
             self.gate.shut();
@@ -496,6 +539,15 @@ impl std::ops::Deref for Handle {
 
 impl Drop for Handle {
     fn drop(&mut self) {
+        /// Others have the region in hand for moments; one that is gone, because this process was forked, for ever.
+        const PATIENCE: u32 = 200;
         self.0.close();
+        // What the source holds is given back here, and not whenever the last of them lets go.
+        for _ in 0..PATIENCE {
+            if Arc::strong_count(&self.0) == 1 {
+                break;
+            }
+            signals::pause(50_000);
+        }
     }
 }

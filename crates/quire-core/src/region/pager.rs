@@ -8,8 +8,8 @@ use std::sync::{Arc, Mutex};
 
 use super::{Backend, Region, handler, lock, registry};
 use crate::sys::fork::PerProcess;
-use crate::sys::signals;
 use crate::sys::uffd::{self, Uffd};
+use crate::sys::{signals, threads};
 use crate::{Error, Result};
 
 /// Threads at once; touches that find all of them busy wait.
@@ -70,12 +70,9 @@ pub fn serve_for(region: &Arc<Region>) -> Result<()> {
 
 fn start(pager: &'static Pager) -> Result<()> {
     pager.threads.fetch_add(1, Ordering::AcqRel);
-    let thread = std::thread::Builder::new().name("quire-pager".to_owned()).spawn(move || run(pager));
-    if let Err(error) = thread {
+    threads::start("quire-pager", move || run(pager)).inspect_err(|_| {
         pager.threads.fetch_sub(1, Ordering::AcqRel);
-        return Err(Error::os("pthread_create", error.raw_os_error().unwrap_or(0)));
-    }
-    Ok(())
+    })
 }
 
 fn run(pager: &'static Pager) {

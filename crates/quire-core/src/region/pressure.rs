@@ -14,6 +14,7 @@ use crate::sys::fork::PerProcess;
 use crate::sys::memory;
 use crate::sys::pagemap::Pagemap;
 use crate::sys::psi::Stall;
+use crate::sys::threads;
 use crate::{Error, Result};
 
 /// So much is to stay free.
@@ -106,9 +107,14 @@ impl Region {
         if !self.windows.try_claim(window) {
             return Ok(0);
         }
-        let outcome = self.take_claimed(window);
+        // Looked at again: whoever has pinned it since waits for the claim, and believes what it finds then.
+        let taken = !self.windows.is_pinned(window);
+        let outcome = if taken { self.take_claimed(window) } else { Ok(()) };
         self.release(window, window + 1, Outcome::Unchanged)?;
         outcome?;
+        if !taken {
+            return Ok(0);
+        }
         self.counters.evicted();
         Ok(len as u64)
     }
@@ -122,8 +128,7 @@ pub fn watch() {
         return;
     }
     let Ok(stall) = Stall::listen() else { return };
-    let thread = std::thread::Builder::new().name("quire-pressure".to_owned()).spawn(move || listen(&stall));
-    if thread.is_ok() {
+    if threads::start("quire-pressure", move || listen(&stall)).is_ok() {
         // Two threads, should two regions be made at once, do no harm.
         let _made = LISTENER.get_or_make(|| Ok::<(), Error>(()));
     }

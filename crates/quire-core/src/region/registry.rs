@@ -77,9 +77,11 @@ pub fn all() -> Vec<Arc<Region>> {
 /// Find the region of an address in a signal handler. Takes no lock.
 pub fn find_in_handler(address: usize) -> Option<&'static Region> {
     for entry in &TABLE[..USED.load(Ordering::Acquire)] {
-        let inside = (entry.start.load(Ordering::Acquire)..entry.end.load(Ordering::Acquire)).contains(&address);
+        let bounds = || entry.start.load(Ordering::Acquire)..entry.end.load(Ordering::Acquire);
+        let before = bounds();
         let region = entry.region.load(Ordering::Acquire);
-        if inside && !region.is_null() {
+        // Looked at twice: the place may be given to another region meanwhile. That of a region that is touched is not.
+        if before.contains(&address) && !region.is_null() && bounds() == before {
             // SAFETY: a region stands in the table until it is closed, which is done by its owner and only when no views
             // of it are left; whoever touches its memory later has a dangling pointer of their own making. The reference
             // is used for the time of the handler only.

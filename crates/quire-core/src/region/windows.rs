@@ -2,6 +2,8 @@
 
 use std::sync::atomic::{AtomicU8, AtomicU32, Ordering};
 
+use super::zeroed::Zeroed;
+use crate::Result;
 use crate::sys::futex;
 
 /// Somebody fills the window.
@@ -16,9 +18,11 @@ const FAILED: u8 = 8;
 const PINNED: u8 = 16;
 /// It was filled and nobody has taken it back since, except perhaps the kernel.
 const OPEN: u8 = 32;
+/// The kernel may drop the pages that it was filled with last.
+const GIVEN: u8 = 64;
 
 pub struct Windows {
-    states: Box<[AtomicU8]>,
+    states: Zeroed<AtomicU8>,
     /// Counts releases, for those who wait for one.
     releases: AtomicU32,
     waiting: AtomicU32,
@@ -36,10 +40,8 @@ pub enum Claim {
 }
 
 impl Windows {
-    pub fn new(count: usize) -> Self {
-        let mut states = Vec::new();
-        states.resize_with(count, AtomicU8::default);
-        Self { states: states.into_boxed_slice(), releases: AtomicU32::new(0), waiting: AtomicU32::new(0) }
+    pub fn new(count: usize) -> Result<Self> {
+        Ok(Self { states: Zeroed::new(count)?, releases: AtomicU32::new(0), waiting: AtomicU32::new(0) })
     }
 
     pub fn len(&self) -> usize {
@@ -68,6 +70,14 @@ impl Windows {
         let state = &self.states[window];
         let seen = state.load(Ordering::Acquire);
         seen & (FILLING | FAILED) == 0
+            && state.compare_exchange(seen, seen | FILLING, Ordering::AcqRel, Ordering::Relaxed).is_ok()
+    }
+
+    /// Become the one who mends a window that has failed; false if it has not, or somebody is at it.
+    pub fn try_claim_failed(&self, window: usize) -> bool {
+        let state = &self.states[window];
+        let seen = state.load(Ordering::Acquire);
+        seen & (FILLING | FAILED) == FAILED
             && state.compare_exchange(seen, seen | FILLING, Ordering::AcqRel, Ordering::Relaxed).is_ok()
     }
 
@@ -108,12 +118,14 @@ impl Windows {
         self.states[window].load(Ordering::Acquire) & FILLED != 0
     }
 
-    pub fn is_open(&self, window: usize) -> bool {
-        self.states[window].load(Ordering::Acquire) & OPEN != 0
+    /// Whether there may be pages, or a failure: it was filled or failed, or is being filled. Whoever touched it may go on
+    /// before its filler has said that it is done.
+    pub fn was_used(&self, window: usize) -> bool {
+        self.states[window].load(Ordering::Acquire) & (FILLING | FILLED | FAILED) != 0
     }
 
-    pub fn has_failed(&self, window: usize) -> bool {
-        self.states[window].load(Ordering::Acquire) & FAILED != 0
+    pub fn is_open(&self, window: usize) -> bool {
+        self.states[window].load(Ordering::Acquire) & OPEN != 0
     }
 
     pub fn is_pinned(&self, window: usize) -> bool {
@@ -128,14 +140,27 @@ impl Windows {
         }
     }
 
+    /// Whether the kernel may drop its pages.
+    pub fn is_given(&self, window: usize) -> bool {
+        self.states[window].load(Ordering::Acquire) & GIVEN != 0
+    }
+
+    pub fn set_given(&self, window: usize, given: bool) {
+        if given {
+            self.states[window].fetch_or(GIVEN, Ordering::AcqRel);
+        } else {
+            self.states[window].fetch_and(!GIVEN, Ordering::AcqRel);
+        }
+    }
+
     /// Its pages were taken; whether it had failed, which is forgotten.
     pub fn set_taken(&self, window: usize) -> bool {
-        self.states[window].fetch_and(!(FAILED | OPEN), Ordering::AcqRel) & FAILED != 0
+        self.states[window].fetch_and(!(FAILED | OPEN | GIVEN), Ordering::AcqRel) & FAILED != 0
     }
 
     /// In a forked child, where nobody fills anything: all are missing.
     pub fn enter_child(&self) {
-        for state in &self.states {
+        for state in self.states.iter() {
             if state.load(Ordering::Relaxed) != 0 {
                 state.store(0, Ordering::Relaxed);
             }
@@ -158,7 +183,7 @@ mod tests {
 
     #[test]
     fn one_fills_and_others_are_remembered() {
-        let windows = Windows::new(2);
+        let windows = Windows::new(2).expect("memory");
         assert_eq!(windows.claim(0), Claim::Ours);
         assert!(!windows.try_claim(0));
         assert!(!windows.release(0, Outcome::Unchanged), "try_claim leaves no trace");
@@ -170,7 +195,7 @@ mod tests {
 
     #[test]
     fn a_failure_stays_until_it_is_forgotten() {
-        let windows = Windows::new(1);
+        let windows = Windows::new(1).expect("memory");
         assert_eq!(windows.claim(0), Claim::Ours);
         assert!(!windows.release(0, Outcome::Failed));
         assert_eq!(windows.claim(0), Claim::Failed);
@@ -181,7 +206,7 @@ mod tests {
 
     #[test]
     fn a_pin_survives_fills() {
-        let windows = Windows::new(1);
+        let windows = Windows::new(1).expect("memory");
         windows.set_pinned(0, true);
         assert_eq!(windows.claim(0), Claim::Ours);
         assert!(!windows.release(0, Outcome::Filled));

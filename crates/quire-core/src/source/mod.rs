@@ -137,6 +137,10 @@ impl<R: ReadAt> ReadAt for Slice<R> {
         self.inner.read_at(self.start + offset, into)
     }
 
+    fn address_of(&self, offset: u64, len: usize) -> Option<usize> {
+        self.inner.address_of(self.start + offset, len)
+    }
+
     fn is_signal_safe(&self) -> bool {
         self.inner.is_signal_safe()
     }

@@ -17,6 +17,7 @@ pub mod random;
 pub mod signals;
 pub mod socket;
 pub mod sysv;
+pub mod threads;
 pub mod tracking;
 pub mod uffd;
 pub mod user;

@@ -36,11 +36,24 @@ pub struct Blocked {
 impl Blocked {
     #[must_use]
     pub fn all() -> Self {
+        Self::all_but(&[])
+    }
+
+    /// Those of a thread's own faults excepted, which end the process at once where they are blocked.
+    #[must_use]
+    pub fn all_but_faults() -> Self {
+        Self::all_but(&[libc::SIGSEGV, libc::SIGBUS, libc::SIGFPE, libc::SIGILL, libc::SIGTRAP])
+    }
+
+    fn all_but(except: &[i32]) -> Self {
         // SAFETY: both sets are plain C structs that outlive the calls.
         unsafe {
             let mut all: libc::sigset_t = std::mem::zeroed();
             let mut before: libc::sigset_t = std::mem::zeroed();
             libc::sigfillset(&raw mut all);
+            for signal in except {
+                libc::sigdelset(&raw mut all, *signal);
+            }
             libc::pthread_sigmask(libc::SIG_BLOCK, &raw const all, &raw mut before);
             Self { before }
         }

@@ -3,7 +3,7 @@
 #![allow(unsafe_code)]
 
 use std::mem::MaybeUninit;
-use std::sync::atomic::{AtomicPtr, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicI32, AtomicPtr, AtomicUsize, Ordering};
 use std::sync::{Mutex, PoisonError};
 
 use crate::{Error, Result};
@@ -18,11 +18,18 @@ pub struct Signal {
     claims: [AtomicUsize; 4],
     /// Leaked when replaced, because a handler may be reading it.
     previous: AtomicPtr<libc::sigaction>,
+    /// The thread in which the previous handler runs.
+    passing: AtomicI32,
 }
 
 impl Signal {
     const fn new(number: i32) -> Self {
-        Self { number, claims: [const { AtomicUsize::new(0) }; 4], previous: AtomicPtr::new(std::ptr::null_mut()) }
+        Self {
+            number,
+            claims: [const { AtomicUsize::new(0) }; 4],
+            previous: AtomicPtr::new(std::ptr::null_mut()),
+            passing: AtomicI32::new(0),
+        }
     }
 
     /// Have `claim` asked about faults, and install our handler unless it is the current one.
@@ -73,6 +80,12 @@ impl Signal {
         let previous = self.previous.load(Ordering::Acquire);
         // SAFETY: either null or a leaked box that is never freed.
         let action = if previous.is_null() { None } else { Some(unsafe { &*previous }) };
+        // A handler that was installed between two of our installations has us as the one before it, and sends the
+        // signal again when it is done. Passed on to it once more, the two would call each other without end.
+        // SAFETY: the kernel passes a valid siginfo; gettid only returns a number.
+        let (sent, thread) = unsafe { ((*info).si_code <= 0, libc::gettid()) };
+        let before = self.passing.swap(thread, Ordering::AcqRel);
+        let action = action.filter(|_| !(sent && before == thread));
         match action {
             Some(action) if action.sa_sigaction != libc::SIG_DFL && action.sa_sigaction != libc::SIG_IGN => {
                 if action.sa_flags & libc::SA_SIGINFO != 0 {
@@ -85,13 +98,14 @@ impl Signal {
                     let handler: extern "C" fn(i32) = unsafe { std::mem::transmute(action.sa_sigaction) };
                     handler(self.number);
                 }
+                self.passing.store(before, Ordering::Release);
             }
             _ => {
                 // SAFETY: restoring the default action; returning then repeats the fault, which ends the process. One that
                 // was sent (kill, raise) is no fault and would not come again, so it is sent again.
                 unsafe {
                     libc::signal(self.number, libc::SIG_DFL);
-                    if (*info).si_code <= 0 {
+                    if sent {
                         libc::raise(self.number);
                     }
                 }
@@ -125,16 +139,35 @@ fn set_errno(value: i32) {
     unsafe { *libc::__errno_location() = value };
 }
 
-/// False once the same address faults again and again: then the fault is real, for example a store to memory that is
-/// only readable.
-pub fn repeats_are_few(address: usize) -> bool {
+/// Accesses that were repeated without anything having been done for them, by what they touched: a place for each of a
+/// few hashes, so that threads that touch different things do not reset each other's count.
+struct Repeats {
+    last: [AtomicUsize; 64],
+    times: [AtomicUsize; 64],
+}
+
+static REPEATS: Repeats =
+    Repeats { last: [const { AtomicUsize::new(0) }; 64], times: [const { AtomicUsize::new(0) }; 64] };
+
+fn place_of(touched: usize) -> usize {
+    // A multiplicative hash: the upper bits of the product depend on all bits.
+    (touched.wrapping_mul(0x9E37_79B9_7F4A_7C15) >> (usize::BITS - 6)) % 64
+}
+
+/// Count an access that faulted though what it touched, a page or a window, was there. False once that happens again and
+/// again: then the fault is real, for example a store to memory that is only readable.
+pub fn repeats_are_few(touched: usize) -> bool {
     const MANY: usize = 1000;
-    static LAST: AtomicUsize = AtomicUsize::new(0);
-    static TIMES: AtomicUsize = AtomicUsize::new(0);
-    if LAST.swap(address, Ordering::AcqRel) != address {
-        TIMES.store(0, Ordering::Release);
+    let (last, times) = (&REPEATS.last[place_of(touched)], &REPEATS.times[place_of(touched)]);
+    if last.swap(touched, Ordering::AcqRel) != touched {
+        times.store(0, Ordering::Release);
     }
-    TIMES.fetch_add(1, Ordering::AcqRel) < MANY
+    times.fetch_add(1, Ordering::AcqRel) < MANY
+}
+
+/// Something was done for an access: those before it were no repetitions.
+pub fn forget_repeats(touched: usize) {
+    REPEATS.times[place_of(touched)].store(0, Ordering::Release);
 }
 
 /// Sleep for a moment; callable in a signal handler.
