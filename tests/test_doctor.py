@@ -93,7 +93,7 @@ def test_text_says_what_is_used() -> None:
 
 def test_forced_fallback_is_reported() -> None:
     uses = json.loads(run_doctor("--json", QUIRE_TRACKING="compare").stdout)["uses"]
-    assert uses == {"tracking": "compare", "holding": "sigsegv", "forced": "compare"}
+    assert uses == {"tracking": "compare", "holding": "sigsegv", "forced": "compare", "faults": "thread"}
     text = run_doctor(QUIRE_TRACKING="compare").stdout
     assert "QUIRE_TRACKING=compare is set" in text
     assert "unset QUIRE_TRACKING" in text

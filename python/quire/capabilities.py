@@ -46,11 +46,14 @@ class Uses(NamedTuple):
             (``userfaultfd``) or in a signal handler (``sigsegv``).
         forced: The value of the environment variable ``QUIRE_TRACKING``, or None. ``compare`` forces the
             fallback; it is read when the process first makes a segment or asks for capabilities.
+        faults: How ``faults="auto"`` notices touches of a region: ``thread`` (userfaultfd), ``sigsegv``, or what
+            the environment variable ``QUIRE_FAULTS`` names.
     """
 
     tracking: Literal["userfaultfd", "compare"]
     holding: Literal["userfaultfd", "sigsegv"]
     forced: str | None
+    faults: str
 
 
 class Cgroup(NamedTuple):
@@ -158,6 +161,7 @@ def capabilities() -> Capabilities:
         tracking="userfaultfd" if marked else "compare",
         holding="userfaultfd" if marked else "sigsegv",
         forced=found["tracking_override"],
+        faults=os.environ.get("QUIRE_FAULTS", "thread" if checks["region.missing"] else "sigsegv"),
     )
     limits = read_limits()
     errnos = {name: None if check else check.errno for name, check in checks.items()}

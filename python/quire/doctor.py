@@ -51,11 +51,21 @@ SECTIONS: dict[str, dict[str, str]] = {
         "sysv": "System V shared memory, attached twice",
         "madv_free": "MADV_FREE (regions)",
     },
+    "Regions": {
+        "region.missing": "fill missing pages of private memory and memfds",
+        "region.kernel_faults": "those that a system call touches, too",
+        "region.sigbus": "the same with a signal in place of a wait",
+        "region.poison": "make touches of a page fail",
+    },
 }
 
 TRACKING = {
     "userfaultfd": "userfaultfd: the kernel marks them, PAGEMAP_SCAN reads the marks",
     "compare": "compare: private copies are compared with the last version (slower)",
+}
+FAULTS = {
+    "thread": "thread: userfaultfd, filled by threads of the pager",
+    "sigsegv": "sigsegv: memory is protected, and filled in a signal handler",
 }
 HOLDING = {
     "userfaultfd": "userfaultfd: they sleep in the kernel",
@@ -93,6 +103,7 @@ def _lines(found: Capabilities) -> Iterator[str]:
         yield "quire cannot work here; see the lines marked NO. It would use, for"
     yield f"  finding written pages   {TRACKING[found.uses.tracking]}"
     yield f"  holding writers         {HOLDING[found.uses.holding]}"
+    yield f"  filling regions         {FAULTS.get(found.uses.faults, found.uses.faults)}"
     if found.uses.forced is not None:
         yield f"  QUIRE_TRACKING={found.uses.forced} is set in the environment"
     for title, names in SECTIONS.items():

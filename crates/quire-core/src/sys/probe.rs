@@ -78,6 +78,10 @@ pub fn probe() -> Probe {
         Check { name: "pagemap.scan", result: pagemap_scan() },
         Check { name: "sysv", result: sysv() },
         Check { name: "madv_free", result: madv_free() },
+        Check { name: "region.missing", result: fill_missing(0).map(drop) },
+        Check { name: "region.kernel_faults", result: kernel_faults() },
+        Check { name: "region.sigbus", result: fill_missing(uffd::FEATURE_SIGBUS).map(drop) },
+        Check { name: "region.poison", result: poison() },
     ]);
     let tracking_override = std::env::var_os(OVERRIDE).map(|value| value.to_string_lossy().into_owned());
     Probe { checks, marked: Tracking::current().is_ok_and(|tracking| tracking.is_marked()), tracking_override }
@@ -304,6 +308,44 @@ fn sysv() -> Result<()> {
         return Err(Error::Unsupported("two attachments of a System V segment differ".to_owned()));
     }
     Ok(())
+}
+
+/// Fill a missing page of read-only private memory and of a read-only mapped memfd, as regions do.
+fn fill_missing(features: u64) -> Result<Uffd> {
+    let uffd = Uffd::open(features | uffd::FEATURE_MISSING_SHMEM)?;
+    let page = [7u8; PAGE_BYTES];
+    let private = Area::reserve(PAGE_BYTES)?;
+    private.map_zero(0, PAGE_BYTES, Access::Read)?;
+    let file = memfd::create(c"quire-probe")?;
+    memfd::truncate(file.as_fd(), PAGE)?;
+    for area in [private, mapped(&file, 1, Sharing::Shared, Access::Read)?] {
+        uffd.register(area.addr(), PAGE_BYTES, uffd::MODE_MISSING)?;
+        let copied = uffd.copy(area.addr(), memfd::Piece::of(&page))?;
+        if copied != uffd::Copied::All || !area.page_equals(0, &page) {
+            return Err(Error::Unsupported("a missing page was filled with something else".to_owned()));
+        }
+    }
+    Ok(uffd)
+}
+
+fn kernel_faults() -> Result<()> {
+    if Uffd::open(uffd::FEATURE_MISSING_SHMEM)?.is_user_mode_only() {
+        return Err(Error::Unsupported("faults inside system calls are not delivered to this user".to_owned()));
+    }
+    Ok(())
+}
+
+/// Poison a page; a system call that reads it fails and does not wait.
+fn poison() -> Result<()> {
+    let uffd = fill_missing(0)?;
+    let area = Area::reserve(PAGE_BYTES)?;
+    area.map_zero(0, PAGE_BYTES, Access::Read)?;
+    uffd.register(area.addr(), PAGE_BYTES, uffd::MODE_MISSING)?;
+    uffd.poison(area.addr(), PAGE_BYTES)?;
+    match area.copy_out(0, &mut [0]) {
+        0 => Ok(()),
+        _ => Err(Error::Unsupported("a poisoned page was read".to_owned())),
+    }
 }
 
 fn madv_free() -> Result<()> {
