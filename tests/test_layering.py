@@ -20,7 +20,8 @@ LAYERS = [
     {"packing", "region", "remote"},
     {"wire"},
     {"__init__"},
-    {"demo", "doctor", "pack", "unpack"},
+    {"costs"},
+    {"demo", "doctor", "pack", "stat", "unpack"},
     {"cli"},
     {"__main__"},
 ]

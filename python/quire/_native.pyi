@@ -177,6 +177,8 @@ class Source:
         """Reads all of it to learn its length, unless the cache knows it. Blocks; Ctrl-C interrupts it."""
     def zstd(self, cache: str | bytes | None = None) -> Source:
         """Reads all of it only if a frame does not say its length and the cache does not know it."""
+    def opens_at_once(self, codec: Literal["gzip", "zstd"], cache: str | bytes | None = None) -> bool:
+        """Whether that codec would not have to read all of it."""
     @property
     def size(self) -> int: ...
     def unit(self, offset: int) -> tuple[int, int]:

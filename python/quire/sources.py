@@ -37,6 +37,7 @@ __all__ = [
     "ZstdSource",
     "cache_directory",
     "data_start",
+    "kind_of",
     "open_source",
 ]
 
@@ -336,7 +337,7 @@ class _Decoded(Source):
         try:
             if member is not None:
                 native = _member(below._native, member, name)
-            elif _kind(below) is GzipSource:
+            elif kind_of(below) is GzipSource:
                 native = below._native.gzip(cache_directory())
             else:
                 native = below._native.zstd(cache_directory())
@@ -495,15 +496,15 @@ def open_source(target: Path, **options: Any) -> Source:
     if mark and not os.path.exists(path):
         return ZipSource(archive, member)
     plain = FileSource(path)
-    kind = _kind(plain)
+    kind = kind_of(plain)
     if kind is None:
         return plain
     plain.close()
     return kind(path)
 
 
-def _kind(raw: Source) -> type[GzipSource | ZstdSource] | None:
-    """Tell by the first bytes how a source is compressed."""
+def kind_of(raw: Source) -> type[GzipSource | ZstdSource] | None:
+    """Tell by the first bytes how a source is compressed; None if it is not, as far as they tell."""
     head = raw.read(0, min(4, raw.size))
     if head[:2] == b"\x1f\x8b":
         return GzipSource
@@ -528,7 +529,7 @@ def _open_remote(scheme: str, url: str, options: dict[str, Any]) -> Source:
     try:
         if mark:
             return _Decoded(below, member)
-        return below if _kind(below) is None else _Decoded(below, None)
+        return below if kind_of(below) is None else _Decoded(below, None)
     except BaseException:
         below.close()
         raise

@@ -122,6 +122,21 @@ impl Source {
         Ok(Self::decoded(source))
     }
 
+    /// Whether `gzip` or `zstd` would need no first pass.
+    #[pyo3(signature = (codec, cache = None))]
+    fn opens_at_once(&self, py: Python<'_>, codec: &str, cache: Option<PathBuf>) -> Result<bool> {
+        let raw = self.raw()?;
+        let cache = cache.map(Cache::new);
+        match codec {
+            "gzip" => Ok(py.detach(|| Gzip::new(raw, cache).is_passed())),
+            "zstd" => {
+                let source = py.detach(|| Zstd::new(raw, cache)).map_err(|failure| page_error(&failure))?;
+                Ok(source.is_passed())
+            }
+            other => Err(invalid(format!("{other:?} is none of gzip and zstd"))),
+        }
+    }
+
     #[getter]
     fn size(&self) -> u64 {
         self.inner.size()

@@ -427,6 +427,12 @@ impl Gzip {
         Self { stream, raw, cache }
     }
 
+    /// Whether the first pass is complete, so that the length is known.
+    #[must_use]
+    pub fn is_passed(&self) -> bool {
+        self.stream.index().complete
+    }
+
     /// Go on with the first pass by about a mebibyte of output; true when it is complete.
     ///
     /// # Errors

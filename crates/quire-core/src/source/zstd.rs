@@ -94,6 +94,12 @@ impl Zstd {
         Ok(Arc::new(slice))
     }
 
+    /// Whether the lengths of all frames are known.
+    #[must_use]
+    pub fn is_passed(&self) -> bool {
+        lock(&self.starts).len() > self.frames.len()
+    }
+
     /// Go on with the first pass by about a mebibyte of output; true when the length is known.
     ///
     /// # Errors
