@@ -19,8 +19,9 @@ from hypothesis import strategies as st
 from support import MIB, PAGE, nothing_left
 
 from quire import sources
+from quire.costs import costs
 from quire.errors import PageError, Unsupported
-from quire.packing import FRAME_BYTES, is_archive, pack, unpack
+from quire.packing import FAILURES, FRAME_BYTES, is_archive, pack, unpack
 from quire.zipwriter import ZipWriter
 
 TEXT = random.Random(5).randbytes(2000) * 2000
@@ -354,6 +355,66 @@ def test_extra_fields_that_leave_no_room(tmp_path: Path) -> None:
         out.writestr(info, NOISE)
     pack(tmp_path / "a.zip", tmp_path / "new.zip")
     assert_same_archive(tmp_path / "a.zip", tmp_path / "new.zip")
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_archives_with_changed_bytes_raise_what_is_documented(seed: int, tmp_path: Path) -> None:
+    with zipfile.ZipFile(tmp_path / "a.zip", "w", zipfile.ZIP_DEFLATED) as out:
+        for name in ("d/", "ü", "noise", "text"):
+            out.writestr(
+                name, {"d/": b"", "ü": b"abc" * 100, "noise": NOISE[:5000], "text": TEXT[:9000]}[name]
+            )
+    pack(tmp_path / "a.zip", tmp_path / "b.zip", frame_bytes=PAGE)
+    rng = random.Random(seed)
+    whole = (tmp_path / rng.choice(["a.zip", "b.zip"])).read_bytes()
+    directory = whole.index(b"PK\1\2")
+    raised = 0
+    for _ in range(150):
+        changed = bytearray(whole)
+        for _ in range(rng.randint(1, 3)):
+            at = rng.randrange(rng.choice([0, directory]), len(whole))
+            changed[at] = rng.choice([0, 1, 0xFF, changed[at] ^ 1 << rng.randrange(8)])
+        (tmp_path / "x.zip").write_bytes(changed)
+        for call in (pack, unpack):
+            try:
+                call(tmp_path / "x.zip", tmp_path / "out", force=True)
+            except FAILURES:
+                raised += 1
+    assert raised > 150
+    assert sorted(path.name for path in tmp_path.iterdir() if path.name != "out") == [
+        "a.zip",
+        "b.zip",
+        "x.zip",
+    ]
+
+
+def test_an_empty_name_and_a_directory_with_content(tmp_path: Path) -> None:
+    path = tmp_path / "a.zip"
+    with path.open("w+b") as file:
+        writer = ZipWriter(file)
+        for name in ("", "d/"):
+            info = zipfile.ZipInfo("x")
+            info.filename = info.orig_filename = name
+            info.file_size = 5
+            writer.begin(info, b"", 0)
+            file.write(b"bytes")
+            writer.end(zlib.crc32(b"bytes"))
+        writer.finish(b"")
+    pack(path, tmp_path / "new.zip")
+    assert_same_archive(path, tmp_path / "new.zip")
+    largest = costs(path).largest
+    assert largest is not None
+    assert largest.target.endswith("!/")
+    assert sources.ZipSource(path, "").read() == b"bytes"
+
+
+def test_a_version_that_nobody_knows(tmp_path: Path) -> None:
+    patched(all_kinds(tmp_path / "a.zip"), b"dir/text", 6, 255, 2)
+    for call in (lambda: pack(tmp_path / "a.zip", tmp_path / "new.zip"), lambda: costs(tmp_path / "a.zip")):
+        with pytest.raises(Unsupported, match=r"version 25\.5"):
+            call()
+    with pytest.raises(Unsupported, match=r"version 25\.5"):
+        sources.ZipSource(tmp_path / "a.zip", "dir/text")
 
 
 def test_a_wheel_of_numpy(tmp_path: Path) -> None:

@@ -7,7 +7,6 @@ import os
 import random
 import statistics
 import time
-import zipfile
 import zlib
 from collections import Counter
 from dataclasses import asdict, dataclass
@@ -27,6 +26,7 @@ from quire.sources import (
     cache_directory,
     data_start,
     kind_of,
+    open_archive,
 )
 from quire.zipwriter import ALIGNMENT
 
@@ -165,7 +165,7 @@ def _member(path: str, archive: str, member: str, limit_s: float) -> Costs:
     with (
         ZipSource(archive, member) as source,
         open(archive, "rb") as file,
-        zipfile.ZipFile(file) as directory,
+        open_archive(file, archive) as directory,
     ):
         info = directory.getinfo(member)
         packed, size, crc = info.compress_size, info.file_size, info.CRC
@@ -184,7 +184,7 @@ def _member(path: str, archive: str, member: str, limit_s: float) -> Costs:
 
 
 def _archive(path: str, limit_s: float) -> Costs:
-    with open(path, "rb") as file, zipfile.ZipFile(file) as archive:
+    with open(path, "rb") as file, open_archive(file, path) as archive:
         everything = archive.infolist()
         infos = [info for info in everything if info.file_size]
         mappable = sum(
@@ -194,7 +194,8 @@ def _archive(path: str, limit_s: float) -> Costs:
         )
         packed = os.fstat(file.fileno()).st_size
     methods = Counter(_METHODS.get(info.compress_type, f"method {info.compress_type}") for info in infos)
-    readable = [info for info in infos if info.compress_type in (ZIP_STORED, ZIP_DEFLATED, ZIP_ZSTANDARD)]
+    pageable = (ZIP_STORED, ZIP_DEFLATED, ZIP_ZSTANDARD)
+    readable = [i for i in infos if i.compress_type in pageable and not i.filename.endswith("/")]
     largest = None
     if readable:
         name = max(readable, key=lambda info: info.file_size).filename

@@ -27,6 +27,7 @@ from quire.sources import (
     FileSource,
     Source,
     data_start,
+    open_archive,
     open_source,
 )
 from quire.zipwriter import ALIGNMENT, ZipWriter
@@ -269,7 +270,7 @@ def _rewrite(
     with (
         _output(target, out, force) as file,
         open(target, "rb") as raw,
-        zipfile.ZipFile(raw) as archive,
+        open_archive(raw, os.fspath(target)) as archive,
     ):
         infos = archive.infolist()
         _copy_head(raw, file, min((info.header_offset for info in infos), default=archive.start_dir))

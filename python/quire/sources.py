@@ -38,6 +38,7 @@ __all__ = [
     "cache_directory",
     "data_start",
     "kind_of",
+    "open_archive",
     "open_source",
 ]
 
@@ -388,12 +389,13 @@ class _Reader(io.RawIOBase):
 
 def _member(below: _native.Source, member: str, name: str) -> _native.Source:
     """Open a member of the archive in raw bytes."""
-    with io.BufferedReader(_Reader(below)) as file, zipfile.ZipFile(file) as archive:
+    with io.BufferedReader(_Reader(below)) as file, open_archive(file, name) as archive:
         try:
             info = archive.getinfo(member)
         except KeyError:
             _no_member(archive, member, name)
-        if info.is_dir():
+        # A name may be empty, which `is_dir` does not expect.
+        if info.filename.endswith("/"):
             raise IsADirectoryError(f"{name} is a directory")
         start = data_start(archive, file, info, name)
     packed, size = info.compress_size, info.file_size
@@ -423,6 +425,29 @@ def _no_member(archive: zipfile.ZipFile, member: str, name: str) -> NoReturn:
     near = difflib.get_close_matches(member, names, 3)
     hint = f"; did you mean {' or '.join(map(repr, near))}?" if near else ""
     raise FileNotFoundError(f"{name}: the archive has no such member{hint}") from None
+
+
+def open_archive(file: Any, name: str) -> zipfile.ZipFile:
+    """Read the directory of a zip archive.
+
+    Args:
+        file: Stays the caller's.
+        name: For messages.
+
+    Raises:
+        zipfile.BadZipFile: It is damaged, or no archive.
+        Unsupported: A member needs more than any version of the format that is known.
+    """
+    try:
+        archive = zipfile.ZipFile(file)
+    except NotImplementedError as error:
+        raise Unsupported(f"{name}: {error}") from None
+    except (ValueError, OverflowError) as error:
+        # A name that is not UTF-8, or a place before the start.
+        raise zipfile.BadZipFile(f"{name}: {error}") from error
+    if any(info.header_offset < 0 for info in archive.infolist()):
+        raise zipfile.BadZipFile(f"{name}: a member before the start of the file")
+    return archive
 
 
 def data_start(archive: zipfile.ZipFile, file: Any, info: zipfile.ZipInfo, name: str) -> int:
