@@ -46,8 +46,8 @@ class Uses(NamedTuple):
             (``userfaultfd``) or in a signal handler (``sigsegv``).
         forced: The value of the environment variable ``QUIRE_TRACKING``, or None. ``compare`` forces the
             fallback; it is read when the process first makes a segment or asks for capabilities.
-        faults: How ``faults="auto"`` notices touches of a region: ``thread`` (userfaultfd), ``sigsegv``, or what
-            the environment variable ``QUIRE_FAULTS`` names.
+        faults: How ``faults="auto"`` notices touches of a region: ``thread`` (userfaultfd), ``sigsegv``, or
+            what the environment variable ``QUIRE_FAULTS`` names.
     """
 
     tracking: Literal["userfaultfd", "compare"]

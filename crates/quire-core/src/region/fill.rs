@@ -1,13 +1,12 @@
 //! Filling windows: what is filled at a touch, and how.
 
-use std::cell::RefCell;
 use std::ops::Range;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Instant;
 
 use super::{
-    Claim, Discard, Failure, MAX_WINDOW, Outcome, PAGE_BYTES, Region, RegionError, jobs, lock, pressure, stats,
+    Claim, Discard, Failure, MAX_WINDOW, Outcome, PAGE_BYTES, Region, RegionError, buffers, jobs, lock, pressure, stats,
 };
 use crate::Result;
 use crate::sys::memfd::Piece;
@@ -143,29 +142,20 @@ impl Region {
 
     /// Fill windows that are claimed and release them; on failure they stay claimed.
     fn fill_claimed(&self, first: usize, last: usize) -> std::result::Result<(), RegionError> {
-        thread_local! {
-            static BUFFER: RefCell<Vec<u8>> = const { RefCell::new(Vec::new()) };
-        }
         let len = self.span(first, last).1;
         pressure::make_room(self, len as u64)?;
         if self.take_from_memory(first, last)? {
             return Ok(self.release(first, last, Outcome::Filled)?);
         }
-        BUFFER.with_borrow_mut(|buffer| {
-            if buffer.len() < len {
-                buffer.resize(len, 0);
-            }
-            let at = self.span(first, last).0;
-            let outcome = self.ask(at, &mut buffer[..len]).and_then(|()| {
-                self.count_fills(first, last);
-                self.memory.install(at, &buffer[..len])?;
-                self.after_produced(first, last)
-            });
-            if buffer.len() > 2 * CHUNK {
-                *buffer = Vec::new();
-            }
-            outcome
-        })?;
+        let at = self.span(first, last).0;
+        let mut buffer = buffers::take(len);
+        let outcome = self.ask(at, &mut buffer).and_then(|()| {
+            self.count_fills(first, last);
+            self.memory.install(at, &buffer)?;
+            self.after_produced(first, last)
+        });
+        buffers::give(buffer);
+        outcome?;
         self.release(first, last, Outcome::Filled)?;
         Ok(())
     }
@@ -177,7 +167,7 @@ impl Region {
         }
         let (at, len) = self.span(first, last);
         pressure::make_room(self, len as u64)?;
-        let mut buffer = vec![0; len];
+        let mut buffer = buffers::take(len);
         self.ask(at, &mut buffer)?;
         self.placing.fetch_add(1, Ordering::AcqRel);
         let region = Arc::clone(self);
@@ -187,7 +177,9 @@ impl Region {
                 let outcome = match region.gate.try_enter() {
                     Some(_inside) => {
                         region.count_fills(first, last);
-                        region.memory.install(at, &buffer).map_err(RegionError::from)
+                        let outcome = region.memory.install(at, &buffer).map_err(RegionError::from);
+                        buffers::give(buffer);
+                        outcome
                     }
                     // The process forks or the region is closed: what was produced is dropped.
                     None => Err(crate::Error::Invalid(String::new()).into()),

@@ -4,7 +4,7 @@
 use std::sync::atomic::Ordering;
 use std::sync::{Mutex, MutexGuard, Once, Weak};
 
-use super::{handler, jobs, lock, pager, pressure, registry};
+use super::{buffers, handler, jobs, lock, pager, pressure, registry};
 use crate::Result;
 use crate::sys::{fork, signals};
 
@@ -50,6 +50,7 @@ extern "C" fn in_child() {
     }
     pager::enter_child();
     jobs::enter_child();
+    buffers::enter_child();
     handler::enter_child();
     pressure::enter_child();
     for region in registry::all() {

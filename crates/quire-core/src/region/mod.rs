@@ -5,6 +5,7 @@
 //! the signal handler of the toucher (`handler`). `pressure` takes windows back; docs/regions.md has the whole picture.
 
 mod ahead;
+mod buffers;
 mod fill;
 mod fork;
 mod gate;

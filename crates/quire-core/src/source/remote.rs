@@ -303,9 +303,14 @@ impl State {
             message[8..16].copy_from_slice(&pending.offset.to_le_bytes());
             message[16..20].copy_from_slice(&(pending.length as u32).to_le_bytes());
             message[20..].copy_from_slice(&(slot as u32).to_le_bytes());
-            if socket::send(connection.socket.get(), &message, &[]).is_err() {
-                drop(connection);
-                return Err(self.lose());
+            match socket::send(connection.socket.get(), &message, &[]) {
+                Ok(()) => {}
+                // It is gone, but what it said last is still to be read; then comes the end.
+                Err(error) if matches!(error.errno(), libc::EPIPE | libc::ECONNRESET) => return Ok(()),
+                Err(_) => {
+                    drop(connection);
+                    return Err(self.lose());
+                }
             }
         }
     }

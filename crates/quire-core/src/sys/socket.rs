@@ -115,7 +115,8 @@ pub fn receive(socket: BorrowedFd<'_>, buffer: &mut [u8], until: Instant) -> Rec
             0 => return Received::Closed,
             n if n > 0 => return Received::Message(n as usize),
             _ => match std::io::Error::last_os_error().raw_os_error() {
-                Some(libc::EINTR | libc::EAGAIN) => {}
+                // ECONNRESET is told once, before what the other side said last.
+                Some(libc::EINTR | libc::EAGAIN | libc::ECONNRESET) => {}
                 _ => return Received::Closed,
             },
         }
@@ -127,6 +128,19 @@ mod tests {
     use std::os::fd::AsFd;
 
     use super::*;
+
+    #[test]
+    fn last_words_are_heard() {
+        let (a, b) = message_pair().expect("socketpair");
+        send(b.as_fd(), b"why", &[]).expect("send");
+        send(a.as_fd(), b"unread", &[]).expect("send");
+        drop(b);
+        assert!(send(a.as_fd(), b"too late", &[]).is_err());
+        let soon = Instant::now() + Duration::from_secs(5);
+        let mut buffer = [0; 16];
+        assert!(matches!(receive(a.as_fd(), &mut buffer, soon), Received::Message(3)));
+        assert!(matches!(receive(a.as_fd(), &mut buffer, soon), Received::Closed));
+    }
 
     #[test]
     fn messages_stay_apart_and_the_end_is_seen() {
