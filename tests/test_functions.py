@@ -214,15 +214,33 @@ def test_close_ends_the_helper_and_leaves_nothing(forked: bool, request: pytest.
             made.read(0, 8)
 
 
-@pytest.mark.parametrize("forked", [False, True])
-def test_no_child_and_no_signal(forked: bool, request: pytest.FixtureRequest) -> None:
-    if forked:
-        request.getfixturevalue("forked_helper")
-    with source(fills.process_id) as made:
-        os.kill(process_of(made), signal.SIGKILL)
-        process_of(made)
-        with pytest.raises(ChildProcessError):
-            os.waitpid(-1, os.WNOHANG)
+CHILDLESS = """
+import os, signal, sys, fills, quire
+from quire import functions
+if sys.argv[1] == "forked":
+    functions._pickled = lambda fill: (None, False)
+source = quire.FunctionSource(fills.process_id, 16)
+signal.signal(signal.SIGCHLD, lambda *_: os._exit(3))
+helper = lambda: int.from_bytes(source.read(0, 8), "little")
+os.kill(helper(), signal.SIGKILL)
+helper()
+try:
+    os.waitpid(-1, os.WNOHANG)
+except ChildProcessError:
+    print("no children")
+"""
+
+
+@pytest.mark.parametrize("kind", ["program", "forked"])
+def test_no_child_and_no_signal(kind: str) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", CHILDLESS, kind],
+        cwd=pathlib.Path(__file__).parent,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (0, "no children\n", "")
 
 
 DYING = """
