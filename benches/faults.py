@@ -74,6 +74,12 @@ def _row(loop: ctypes.CDLL, data: np.ndarray, number: int, mechanism: str, disca
             row.ours.append(group)
             peer.seconds.append(seconds / 1e9)
     row.peers = [peer]
+    if not in_thread:
+        row.notes.append(
+            "LLNL's UMap serves touches by threads that read a userfaultfd, as this row does. Its authors"
+            " publish run times of applications on their machines and storage (Peng and others, 2018 and"
+            " 2025), no time for a fault, so nothing is compared with it."
+        )
     row.bounds = (
         f"a fault takes {1e6 * row.spread.median:.1f} µs, of which the kernel's share is that of the bare"
         f" loop, {1e6 * median_of(peer.seconds):.1f} µs; the rest is a table, two states and a copy of the"
