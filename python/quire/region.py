@@ -54,7 +54,8 @@ class RegionStats:
     """Windows that were taken back under pressure or for the budget."""
     latency_us: tuple[tuple[int, int], ...]
     """How long faults took to serve: pairs of an upper bound in microseconds, exclusive, and the number of
-    faults below it and not below the one before. The last pair holds all that took longer, too."""
+    faults below it and not below the one before, up to the slowest fault. Faults of more than four seconds
+    are in the pair of 2**23."""
 
 
 class Region(ArrayViews, Closing, _native.Region):
@@ -246,7 +247,8 @@ class Region(ArrayViews, Closing, _native.Region):
     def stats(self) -> RegionStats:
         """What happened so far in this process."""
         faults, fills, nbytes, refills, failures, evictions, latency = self.figures()
-        bounds = tuple((1 << place, count) for place, count in enumerate(latency))
+        used = max((place for place, count in enumerate(latency) if count), default=-1) + 1
+        bounds = tuple((1 << place, count) for place, count in enumerate(latency[:used]))
         return RegionStats(faults, fills, nbytes, refills, failures, evictions, bounds)
 
     def record(self, path: str | os.PathLike[str]) -> int:
