@@ -24,7 +24,7 @@ def loaded_by(statement: str) -> list[str]:
     return names
 
 
-@pytest.mark.parametrize("statement", ["import quire", "import quire.cli"])
+@pytest.mark.parametrize("statement", ["import quire", "import quire.cli", "import quire.wheels"])
 def test_only_the_standard_library(statement: str) -> None:
     tops = {name.partition(".")[0] for name in loaded_by(statement)}
     assert tops - sys.stdlib_module_names == {"quire"}

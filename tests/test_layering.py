@@ -17,7 +17,7 @@ LAYERS = [
     {"snapshot"},
     {"live", "segment", "sources"},
     {"functions"},
-    {"packing", "region", "remote"},
+    {"packing", "region", "remote", "wheels"},
     {"wire"},
     {"__init__"},
     {"costs"},

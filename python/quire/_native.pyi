@@ -194,6 +194,12 @@ class FrameEncoder:
     def frame(self, data: bytes) -> bytes:
         """One frame with length and checksum."""
 
+def elf_linkage(fd: int) -> tuple[str | None, list[str], str | None, str | None]:
+    """What a shared object says of others: (soname, needed, rpath, runpath), decoded as paths are.
+
+    The descriptor is borrowed for the call and its position moves. Raises Malformed.
+    """
+
 def region_file(size: int) -> int:
     """Make the file of a shared region; the descriptor is the caller's."""
 

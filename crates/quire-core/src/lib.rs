@@ -5,6 +5,7 @@
 
 #![deny(unsafe_code)]
 
+pub mod elf;
 pub mod error;
 mod forking;
 pub mod layer;

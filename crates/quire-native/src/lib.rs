@@ -1,6 +1,7 @@
 //! The module `quire._native`: a thin binding of `quire-core`. No logic lives here.
 
 mod door;
+mod elf;
 mod errors;
 mod live;
 mod mapping;
@@ -30,6 +31,7 @@ fn _native(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add_class::<purgeable::Purgeable>()?;
     module.add_class::<purgeable::PurgeableStore>()?;
     module.add_class::<purgeable::PurgeableEntry>()?;
+    module.add_function(wrap_pyfunction!(elf::elf_linkage, module)?)?;
     module.add_function(wrap_pyfunction!(purgeable::available_bytes, module)?)?;
     module.add_class::<region::Region>()?;
     module.add_function(wrap_pyfunction!(region::region_file, module)?)?;

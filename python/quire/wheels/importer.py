@@ -1,0 +1,143 @@
+"""Finding modules in wheels, and loading extension modules."""
+
+from __future__ import annotations
+
+import contextlib
+import zipimport
+from importlib.machinery import EXTENSION_SUFFIXES, ExtensionFileLoader, ModuleSpec
+from typing import TYPE_CHECKING, Any
+
+from quire.wheels.archive import open_wheel
+from quire.wheels.objects import prepared
+
+if TYPE_CHECKING:
+    from types import ModuleType
+
+__all__ = ["WheelExtensionLoader", "WheelImporter"]
+
+_PYTHON_SUFFIXES = ("/__init__.pyc", "/__init__.py", ".pyc", ".py")
+
+
+class WheelExtensionLoader(ExtensionFileLoader):
+    """Loads an extension module of a wheel.
+
+    ``path`` is that of the wheel with the member's name behind it; so are ``__file__`` and the spec's origin.
+    """
+
+    def __init__(self, name: str, importer: WheelImporter, member: str) -> None:
+        """Name what to load.
+
+        Args:
+            name: Full name of the module.
+            importer: Finder of the module's folder in the wheel.
+            member: Name of the shared object in the wheel.
+        """
+        super().__init__(name, f"{importer.archive}/{member}")
+        self._importer = importer
+        self._member = member
+
+    def create_module(self, spec: ModuleSpec) -> ModuleType:
+        """Load the shared object, after those that it needs, and make the module.
+
+        Raises:
+            ImportError: The member is damaged, is no shared object for this machine and interpreter, or needs
+                a library that neither the wheel nor the system has; ``path`` names the member.
+        """
+        wheel = self._importer.wheel
+        if not self._member.endswith(tuple(EXTENSION_SUFFIXES)):
+            text = f"{self.path}: not for this interpreter: {wheel.describe()}"
+            raise ImportError(text, name=spec.name, path=self.path)
+        with prepared(wheel, self._member) as path:
+            # Modules that are initialised in one phase, and Cython's, have their __file__ from here at first.
+            inner = ModuleSpec(spec.name, self, origin=path, is_package=self.is_package(spec.name))
+            if spec.submodule_search_locations is not None:
+                inner.submodule_search_locations = spec.submodule_search_locations
+            try:
+                module = super().create_module(inner)
+            except ImportError as error:
+                if error.path != path:
+                    raise
+                reason = str(error).replace(path, self.path)
+                text = f"{self.path}: cannot be loaded: {reason}; {wheel.describe()}"
+                raise ImportError(text, name=spec.name, path=self.path) from error
+        module.__file__ = self.path
+        return module
+
+    def get_data(self, path: str) -> bytes:
+        """Read a member of the wheel by its path. Raises OSError if there is none."""
+        return self._importer.get_data(path)
+
+    def get_resource_reader(self, name: str | None = None) -> Any:
+        """Give what `importlib.resources` reads from, for an extension module that is a package."""
+        return self._importer.get_resource_reader(name or self.name)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, WheelExtensionLoader) and (self.name, self.path) == (other.name, other.path)
+
+    def __hash__(self) -> int:
+        return hash((self.name, self.path))
+
+
+class WheelImporter(zipimport.zipimporter):
+    """Finds modules in a wheel, or in a folder of one: those that `zipimport` finds, and extension modules.
+
+    Args:
+        path: Of a wheel, or of a folder in it.
+
+    Raises:
+        ImportError: It is no wheel.
+    """
+
+    def __init__(self, path: str) -> None:
+        super().__init__(path)
+        self.wheel = open_wheel(self.archive)
+        """The wheel's directory. Not public."""
+
+    def find_spec(self, fullname: str, target: ModuleType | None = None) -> ModuleSpec | None:
+        """Find a module: packages before modules, extension modules before those in Python, as in folders.
+
+        Args:
+            fullname: Full name of the module; its last part is looked for in this folder.
+            target: Ignored.
+
+        Returns:
+            How to load it; None if it is not here.
+        """
+        stem = self.prefix + fullname.rpartition(".")[2]
+        if (member := self._extension(f"{stem}/__init__")) is not None:
+            return self._extension_spec(fullname, member, f"{self.archive}/{stem}")
+        if not self._is_python_package(stem) and (member := self._extension(stem)) is not None:
+            return self._extension_spec(fullname, member)
+        if any(stem + suffix in self.wheel.ignored for suffix in _PYTHON_SUFFIXES):
+            return None
+        spec = super().find_spec(fullname, target)
+        if spec is None and (member := self.wheel.foreign.get(stem)) is not None:
+            return self._extension_spec(fullname, member)
+        return spec
+
+    def is_package(self, fullname: str) -> bool:
+        """Tell whether a module is a package. Raises zipimport.ZipImportError if it is not here."""
+        stem = self.prefix + fullname.rpartition(".")[2]
+        return self._extension(f"{stem}/__init__") is not None or super().is_package(fullname)
+
+    def invalidate_caches(self) -> None:
+        """Read the wheel's directory again if the file has changed."""
+        super().invalidate_caches()
+        with contextlib.suppress(OSError, ImportError):
+            # A file that is gone, or no wheel any more, finds nothing: zipimport sees to that.
+            self.wheel = open_wheel(self.archive)
+
+    def _extension(self, stem: str) -> str | None:
+        members = self.wheel.members
+        return next((stem + suffix for suffix in EXTENSION_SUFFIXES if stem + suffix in members), None)
+
+    def _is_python_package(self, stem: str) -> bool:
+        return any(stem + suffix in self.wheel.members for suffix in _PYTHON_SUFFIXES[:2])
+
+    def _extension_spec(self, fullname: str, member: str, folder: str | None = None) -> ModuleSpec:
+        loader = WheelExtensionLoader(fullname, self, member)
+        spec = ModuleSpec(fullname, loader, origin=loader.path, is_package=folder is not None)
+        spec.has_location = True
+        if folder is not None:
+            spec.submodule_search_locations = [folder]
+        return spec
