@@ -64,7 +64,10 @@ def extension(
 
 
 def make_wheel(
-    path: pathlib.Path, members: dict[str, str | bytes], tag: str = "py3-none-any", method: int = zipfile.ZIP_DEFLATED
+    path: pathlib.Path,
+    members: dict[str, str | bytes],
+    tag: str = "py3-none-any",
+    method: int = zipfile.ZIP_DEFLATED,
 ) -> pathlib.Path:
     """Write a wheel with these members, its metadata beside them."""
     info = "made-1.0.dist-info"

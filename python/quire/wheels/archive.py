@@ -47,6 +47,8 @@ class Wheel:
             self.identity = _identity(file.fileno())
         self.members: dict[str, zipfile.ZipInfo] = {}
         """Regular files, by name."""
+        self.folders: set[str] = set()
+        """All that regular files are in; few wheels have entries for them."""
         self.ignored: set[str] = set()
         """Names that lead elsewhere: symbolic links, absolute ones, ones with ``..``."""
         self.foreign: dict[str, str] = {}
@@ -63,6 +65,10 @@ class Wheel:
     def _add(self, name: str, member: zipfile.ZipInfo) -> None:
         self.members[name] = member
         folder, _, base = name.rpartition("/")
+        above = folder
+        while above and above not in self.folders:
+            self.folders.add(above)
+            above = above.rpartition("/")[0]
         if base == "WHEEL" and folder.endswith(".dist-info") and "/" not in folder:
             self.info = name
         elif base.endswith(_FOREIGN_SUFFIXES):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import zipimport
+import zlib
 from importlib.machinery import EXTENSION_SUFFIXES, ExtensionFileLoader, ModuleSpec
 from typing import TYPE_CHECKING, Any
 
@@ -11,7 +12,8 @@ from quire.wheels.archive import open_wheel
 from quire.wheels.objects import prepared
 
 if TYPE_CHECKING:
-    from types import ModuleType
+    from collections.abc import Iterator
+    from types import CodeType, ModuleType
 
 __all__ = ["WheelExtensionLoader", "WheelImporter"]
 
@@ -44,7 +46,7 @@ class WheelExtensionLoader(ExtensionFileLoader):
                 a library that neither the wheel nor the system has; ``path`` names the member.
         """
         wheel = self._importer.wheel
-        if not self._member.endswith(tuple(EXTENSION_SUFFIXES)):
+        if self._member in wheel.foreign.values():
             text = f"{self.path}: not for this interpreter: {wheel.describe()}"
             raise ImportError(text, name=spec.name, path=self.path)
         with prepared(wheel, self._member) as path:
@@ -110,10 +112,20 @@ class WheelImporter(zipimport.zipimporter):
             return self._extension_spec(fullname, member)
         if any(stem + suffix in self.wheel.ignored for suffix in _PYTHON_SUFFIXES):
             return None
-        spec = super().find_spec(fullname, target)
+        with self._reading():
+            spec = super().find_spec(fullname, target)
         if spec is None and (member := self.wheel.foreign.get(stem)) is not None:
             return self._extension_spec(fullname, member)
+        if spec is None and stem in self.wheel.folders:
+            # zipimport sees folders only that have an entry of their own.
+            spec = ModuleSpec(fullname, None, is_package=True)
+            spec.submodule_search_locations = [f"{self.archive}/{stem}"]
         return spec
+
+    def get_code(self, fullname: str) -> CodeType:
+        """Compile a module. Raises ImportError if it is damaged or not here."""
+        with self._reading():
+            return super().get_code(fullname)
 
     def is_package(self, fullname: str) -> bool:
         """Tell whether a module is a package. Raises zipimport.ZipImportError if it is not here."""
@@ -126,6 +138,14 @@ class WheelImporter(zipimport.zipimporter):
         with contextlib.suppress(OSError, ImportError):
             # A file that is gone, or no wheel any more, finds nothing: zipimport sees to that.
             self.wheel = open_wheel(self.archive)
+
+    @contextlib.contextmanager
+    def _reading(self) -> Iterator[None]:
+        """Raise as ImportError what zipimport lets through when an archive is damaged."""
+        try:
+            yield
+        except (OSError, EOFError, zlib.error) as error:
+            raise ImportError(f"{self.archive}: {error}", path=self.archive) from error
 
     def _extension(self, stem: str) -> str | None:
         members = self.wheel.members
