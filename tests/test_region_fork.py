@@ -1,6 +1,7 @@
 """Regions and new processes: forks from anywhere, started programs, a clone that nobody prepares."""
 
 import ctypes
+import gzip
 import multiprocessing
 import os
 import platform
@@ -8,11 +9,15 @@ import signal
 import subprocess
 import sys
 import threading
+import zipfile
+from pathlib import Path
 
 import pytest
+import zstdfiles
 from support import PAGE, expect_signal, fork, pattern, run_forked, wait
 
 import quire
+from quire import sources
 
 WINDOW = 65536
 SIZE = 20 * WINDOW
@@ -165,3 +170,38 @@ def test_a_child_closes_what_it_inherited(faults: str) -> None:
 
         run_forked(child)
         whole(region)
+
+
+@pytest.mark.parametrize("kind", ["gzip", "zstandard", "deflated"])
+def test_a_child_may_use_a_source_that_others_were_reading(
+    faults: str, kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A decoder has locks, which nobody would give back in the child if the fork came in the middle."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    path = tmp_path / "packed"
+    target = path
+    if kind == "deflated":
+        target = f"{path}!/m"
+        with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+            archive.writestr("m", DATA)
+    else:
+        path.write_bytes(gzip.compress(DATA, 1) if kind == "gzip" else zstdfiles.frame(DATA))
+    source = sources.open_source(target)
+    done = threading.Event()
+
+    def read() -> None:
+        while not done.is_set():
+            source.read(WINDOW, PAGE)
+            with quire.Region(source, faults="eager") as eager:
+                assert eager[0] == DATA[0]
+
+    readers = [threading.Thread(target=read) for _ in range(2)]
+    for reader in readers:
+        reader.start()
+    with quire.Region(source, faults=faults) as region:
+        for _ in range(12):
+            assert wait(fork(lambda: whole(region))) == 0
+    done.set()
+    for reader in readers:
+        reader.join()
+    source.close()

@@ -157,7 +157,9 @@ impl Source {
             )));
         }
         PyBytes::new_with(py, length, |buffer| {
-            py.detach(|| self.inner.fill(offset, buffer)).map_err(|failure| page_error(&failure).into())
+            let read = py.detach(|| quire_core::region::reading(|| self.inner.fill(offset, buffer)));
+            let filled = read.map_err(Raised::from)?;
+            filled.map_err(|failure| page_error(&failure).into())
         })
         .map_err(Raised::from)
     }

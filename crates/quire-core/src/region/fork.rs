@@ -4,6 +4,7 @@
 use std::sync::atomic::Ordering;
 use std::sync::{Mutex, MutexGuard, Once, Weak};
 
+use super::gate::Gate;
 use super::{buffers, handler, jobs, lock, pager, pressure, registry};
 use crate::Result;
 use crate::sys::{fork, signals};
@@ -15,6 +16,17 @@ pub fn closing() -> MutexGuard<'static, ()> {
     lock(&CLOSING)
 }
 
+/// Passed by those who ask a source with no region in between.
+static READS: Gate = Gate::new();
+
+/// Use a source with no region in between. A fork waits until that is done: locks of the source's, held then, would stay
+/// held in the child.
+pub fn reading<T>(work: impl FnOnce() -> T) -> Result<T> {
+    enlist()?;
+    let _inside = READS.enter(|| true);
+    Ok(work())
+}
+
 /// Be told of forks from now on.
 pub fn enlist() -> Result<()> {
     static ONCE: Once = Once::new();
@@ -22,6 +34,8 @@ pub fn enlist() -> Result<()> {
 }
 
 extern "C" fn prepare() {
+    // Before the regions: a source may lie in the memory of one.
+    READS.shut();
     fork::keep_guard(Box::new(closing()));
     // The youngest first: who fills a region may have to wait for an older one, in whose memory its source lies.
     let mut regions = registry::all();
@@ -37,6 +51,7 @@ extern "C" fn in_parent() {
     for region in registry::all() {
         region.gate.open();
     }
+    READS.open();
 }
 
 extern "C" fn in_child() {
@@ -48,6 +63,7 @@ extern "C" fn in_child() {
             std::mem::forget(region);
         }
     }
+    READS.enter_child();
     pager::enter_child();
     jobs::enter_child();
     buffers::enter_child();

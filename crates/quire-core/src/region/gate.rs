@@ -11,6 +11,10 @@ pub struct Gate(AtomicU32);
 const SHUT: u32 = 1 << 31;
 
 impl Gate {
+    pub const fn new() -> Self {
+        Self(AtomicU32::new(0))
+    }
+
     /// Go in; waits while the gate is shut, as long as `is_wanted` says so.
     pub fn enter(&self, is_wanted: impl Fn() -> bool) -> Option<Inside<'_>> {
         loop {

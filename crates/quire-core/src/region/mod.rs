@@ -29,6 +29,7 @@ use crate::source::{Failure, Source};
 use crate::sys::{memfd, signals};
 use crate::{Error, Result};
 
+pub use fork::reading;
 pub use memory::Backend;
 pub use stats::{BUCKETS, Figures};
 
@@ -223,7 +224,7 @@ impl Region {
             closed: AtomicBool::new(false),
         });
         if settings.backend == Backend::Eager {
-            region.ensure(0, count)?;
+            fork::reading(|| region.ensure(0, count))??;
             region.memory.finish_eager()?;
         } else {
             fork::enlist()?;
