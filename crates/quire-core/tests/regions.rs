@@ -241,7 +241,7 @@ fn forking_while_others_touch() {
 #[test]
 fn a_touch_that_cannot_be_served_ends_the_toucher() {
     for (backend, signal) in
-        [(Backend::Thread, libc::SIGBUS), (Backend::Signal, libc::SIGBUS), (Backend::Sigsegv, libc::SIGSEGV)]
+        [(Backend::Thread, libc::SIGBUS), (Backend::Signal, libc::SIGBUS), (Backend::Sigsegv, libc::SIGBUS)]
     {
         for quick in [true, false] {
             let status = in_child(|| {

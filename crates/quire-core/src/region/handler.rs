@@ -45,7 +45,7 @@ impl Region {
                     true
                 }
                 Answer::Found => signals::repeats_are_few(touched),
-                Answer::Failed => false,
+                Answer::Failed => self.refuse(),
             };
         }
         match self.windows.claim_waiting(window) {
@@ -53,7 +53,7 @@ impl Region {
             Claim::Busy => return true,
             Claim::Failed => {
                 self.complain(window, None);
-                return false;
+                return self.refuse();
             }
         }
         if self.is_filled_for_handler(window) {
@@ -70,7 +70,7 @@ impl Region {
                 // Not marked as failed: there is no page to poison, and the next touch may try again.
                 let released = self.release(window, window + 1, Outcome::Unchanged);
                 debug_assert!(released.is_ok(), "{released:?}");
-                return false;
+                return self.refuse();
             }
             let released = self.release(window, window + 1, Outcome::Filled);
             self.counters.served(started.elapsed());
@@ -78,6 +78,14 @@ impl Region {
             signals::forget_repeats(touched);
             released.is_ok()
         }
+    }
+
+    /// The touch cannot be served: SIGBUS, whichever signal told of it.
+    fn refuse(&self) -> bool {
+        if self.backend() == Backend::Sigsegv {
+            signals::raise_bus();
+        }
+        false
     }
 
     /// Whether the toucher fills in its handler. Making room, too, needs memory and locks.

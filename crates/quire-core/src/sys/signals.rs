@@ -177,6 +177,15 @@ pub fn pause(nanoseconds: i64) {
     unsafe { libc::nanosleep(&raw const pause, std::ptr::null_mut()) };
 }
 
+/// Send this thread SIGBUS, as a fault would; callable in a signal handler.
+pub fn raise_bus() {
+    // Twice, because handlers that expect the access to be repeated restore the default action and return.
+    for _ in 0..2 {
+        // SAFETY: async-signal-safe; what follows is the business of whoever handles SIGBUS.
+        unsafe { libc::raise(libc::SIGBUS) };
+    }
+}
+
 /// Write to standard error as far as it goes; callable in a signal handler.
 pub fn complain(text: &[u8]) {
     // SAFETY: async-signal-safe; the slice is valid. Nothing can be done if nobody can be told.
