@@ -3,9 +3,13 @@
 import pathlib
 import subprocess
 import sys
+import zipfile
+from typing import Literal
 
 import pytest
 from wheelfiles import isolated
+
+import quire
 
 # With what they need to be imported or, for pytest, to run the others' tests.
 PROJECTS = {
@@ -46,6 +50,19 @@ def find(folder: pathlib.Path, name: str) -> pathlib.Path | None:
 
 
 Wheels = dict[str, list[pathlib.Path]]
+
+
+@pytest.mark.parametrize("project", ["numpy", "pandas"])
+@pytest.mark.parametrize("faults", ["thread", "signal", "sigsegv"])
+def test_members_as_regions(
+    wheels: Wheels, project: str, faults: Literal["thread", "signal", "sigsegv"]
+) -> None:
+    wheel = wheels[project][0]
+    with zipfile.ZipFile(wheel) as archive:
+        by_size = sorted(archive.infolist(), key=lambda info: info.file_size)
+        for info in [*by_size[:: len(by_size) // 20], by_size[-1]]:
+            with quire.open(f"{wheel}!/{info.filename}", faults=faults) as region:
+                assert bytes(region) == archive.read(info)
 
 
 def test_numpy(wheels: Wheels) -> None:
