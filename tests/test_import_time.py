@@ -24,7 +24,10 @@ def loaded_by(statement: str) -> list[str]:
     return names
 
 
-@pytest.mark.parametrize("statement", ["import quire", "import quire.cli", "import quire.wheels"])
+@pytest.mark.parametrize(
+    "statement",
+    ["import quire", "import quire.cli", "import quire.wheels", "import quire.wheels; quire.wheels.enable()"],
+)
 def test_only_the_standard_library(statement: str) -> None:
     tops = {name.partition(".")[0] for name in loaded_by(statement)}
     assert tops - sys.stdlib_module_names == {"quire"}
@@ -34,7 +37,8 @@ def test_nothing_slow() -> None:
     # Each of these takes longer to import than quire itself.
     slow = {"asyncio", "dataclasses", "importlib.metadata", "inspect", "json", "logging", "multiprocessing"}
     slow |= {"pathlib", "subprocess", "tempfile", "unittest"}
-    assert not slow & set(loaded_by("import quire")), "import it where it is used"
+    for statement in ("import quire", "import quire.wheels"):
+        assert not slow & set(loaded_by(statement)), "import it where it is used"
 
 
 def test_command_loads_only_the_subcommand_asked_for() -> None:
