@@ -89,7 +89,7 @@ impl Region {
         if self.source.parallel_fills() > 1 {
             self.fill_later(windows.start, windows.end);
         } else {
-            self.fill_ahead(windows.start, windows.end);
+            self.fill_ahead(windows.start, windows.end, true);
         }
     }
 
@@ -317,13 +317,14 @@ impl Region {
     }
 
     /// Fill windows nobody has asked for yet, quietly: a failure ends it, and is met again when a window is touched.
-    fn fill_ahead(self: &Arc<Self>, first: usize, last: usize) {
-        self.produce_ahead(first, last);
+    /// `goes_on`: further than `last` if a reader comes close behind.
+    fn fill_ahead(self: &Arc<Self>, first: usize, last: usize, goes_on: bool) {
+        self.produce_ahead(first, last, goes_on);
         // What is still to be put in place may be what all the other threads wait for.
         jobs::help_placing();
     }
 
-    fn produce_ahead(self: &Arc<Self>, mut first: usize, mut last: usize) {
+    fn produce_ahead(self: &Arc<Self>, mut first: usize, mut last: usize, goes_on: bool) {
         let mut marks = [0; CHUNK / PAGE_BYTES];
         let most = (CHUNK / self.window).max(1);
         while first < last {
@@ -340,7 +341,9 @@ impl Region {
                 return self.release_or_complain(first, end, Outcome::Unchanged);
             }
             first = end;
-            last = self.ahead.until(last, self.most_ahead()).min(self.windows.len());
+            if goes_on {
+                last = self.ahead.until(last, self.most_ahead()).min(self.windows.len());
+            }
         }
     }
 
@@ -349,7 +352,7 @@ impl Region {
         let step = (self.chunk_bytes() / self.window).max(1);
         let parts = (last.saturating_sub(first)).div_ceil(step);
         let next = Arc::new(AtomicUsize::new(first));
-        for _ in 0..parts.min(jobs::MOST_THREADS) {
+        for _ in 0..parts.min(self.source.parallel_fills().max(1)) {
             self.fill_next_later(Arc::clone(&next), step, last);
         }
     }
@@ -364,11 +367,12 @@ impl Region {
             Box::new(move || {
                 let Some(region) = region.upgrade() else { return };
                 let start = next.fetch_add(step, Ordering::Relaxed);
+                let last = region.ahead.until(last, region.most_ahead()).min(region.windows.len());
                 if start >= last {
                     return;
                 }
                 if let Some(inside) = region.gate.try_enter() {
-                    region.fill_ahead(start, (start + step).min(last));
+                    region.fill_ahead(start, (start + step).min(last), false);
                     drop(inside);
                     region.fill_next_later(next, step, last);
                 }

@@ -268,11 +268,6 @@ impl Source for Zstd {
         }
     }
 
-    fn parallel_fills(&self) -> usize {
-        // As many threads as can run: more would only take turns.
-        self.frames.len().min(std::thread::available_parallelism().map_or(1, usize::from)).clamp(1, 8)
-    }
-
     fn enter_child(&self) {
         self.raw.enter_child();
     }
