@@ -1,6 +1,6 @@
 //! Fork: what writes memory is told before it and, in the child, after it; all locks are held across it.
 
-use std::sync::{Arc, Mutex, MutexGuard, Once, PoisonError, Weak};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, Weak};
 
 use crate::Result;
 use crate::sys::fork::{self, Locked};
@@ -20,7 +20,7 @@ pub trait ForkAware: Send {
 
 type Member = Weak<Mutex<dyn ForkAware>>;
 
-static HANDLERS: Once = Once::new();
+static HANDLERS: OnceLock<i32> = OnceLock::new();
 static MEMBERS: Mutex<Vec<Member>> = Mutex::new(Vec::new());
 
 fn members() -> MutexGuard<'static, Vec<Member>> {
@@ -32,7 +32,7 @@ fn members() -> MutexGuard<'static, Vec<Member>> {
 /// No fork comes between: a child would inherit memory that it shares with the parent and knows nothing of, and that
 /// could not be sealed while the child lives.
 pub fn enlist<T: ForkAware + 'static>(make: impl FnOnce() -> Result<T>) -> Result<Arc<Mutex<T>>> {
-    fork::at_fork(&HANDLERS, prepare, in_parent, in_child)?;
+    fork::at_fork(&HANDLERS, Some(prepare), Some(in_parent), Some(in_child))?;
     let mut all = members();
     let made = Arc::new(Mutex::new(make()?));
     let member: Arc<Mutex<dyn ForkAware>> = Arc::<Mutex<T>>::clone(&made);

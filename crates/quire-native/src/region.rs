@@ -148,13 +148,7 @@ impl Region {
 
     fn read<'py>(&self, py: Python<'py>, offset: u64, length: usize) -> Result<Bound<'py, PyBytes>> {
         let region = self.get()?;
-        if offset.checked_add(length as u64).is_none_or(|end| end > region.size()) {
-            return Err(quire_core::Error::Invalid(format!(
-                "bytes {offset} to {offset}+{length} are outside a region of {} bytes",
-                region.size()
-            ))
-            .into());
-        }
+        region.check_range(offset, length as u64)?;
         let mut failure = None;
         let bytes = PyBytes::new_with(py, length, |buffer| {
             failure = py.detach(|| region.read(offset, buffer)).err();

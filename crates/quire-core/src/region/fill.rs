@@ -142,18 +142,13 @@ impl Region {
 
     /// Fill windows that are claimed and release them; on failure they stay claimed.
     fn fill_claimed(&self, first: usize, last: usize) -> std::result::Result<(), RegionError> {
-        let len = self.span(first, last).1;
+        let (at, len) = self.span(first, last);
         pressure::make_room(self, len as u64)?;
         if self.take_from_memory(first, last)? {
             return Ok(self.release(first, last, Outcome::Filled)?);
         }
-        let at = self.span(first, last).0;
         let mut buffer = buffers::take(len);
-        let outcome = self.ask(at, &mut buffer).and_then(|()| {
-            self.count_fills(first, last);
-            self.memory.install(at, &buffer)?;
-            self.after_produced(first, last)
-        });
+        let outcome = self.ask(at, &mut buffer).and_then(|()| self.place(first, last, &buffer));
         buffers::give(buffer);
         outcome?;
         self.release(first, last, Outcome::Filled)?;
@@ -174,25 +169,22 @@ impl Region {
         jobs::submit(
             jobs::Kind::Placing,
             Box::new(move || {
-                let outcome = match region.gate.try_enter() {
-                    Some(_inside) => {
-                        region.count_fills(first, last);
-                        let outcome = region.memory.install(at, &buffer).map_err(RegionError::from);
-                        buffers::give(buffer);
-                        outcome
-                    }
-                    // The process forks or the region is closed: what was produced is dropped.
-                    None => Err(crate::Error::Invalid(String::new()).into()),
-                };
+                // If the process forks or the region is closed, what was produced is dropped.
+                let placed = region.gate.try_enter().is_some_and(|_inside| region.place(first, last, &buffer).is_ok());
+                buffers::give(buffer);
                 region.placing.fetch_sub(1, Ordering::AcqRel);
-                let outcome = match outcome.and_then(|()| region.after_produced(first, last)) {
-                    Ok(()) => Outcome::Filled,
-                    Err(_) => Outcome::Unchanged,
-                };
+                let outcome = if placed { Outcome::Filled } else { Outcome::Unchanged };
                 region.release_or_complain(first, last, outcome);
             }),
         );
         Ok(())
+    }
+
+    /// Put the bytes of claimed windows in place.
+    fn place(&self, first: usize, last: usize, bytes: &[u8]) -> std::result::Result<(), RegionError> {
+        self.count_fills(first, last);
+        self.memory.install(self.span(first, last).0, bytes)?;
+        self.after_produced(first, last)
     }
 
     /// Install windows straight from where their source has them in memory. False if it has not. Callable in a signal

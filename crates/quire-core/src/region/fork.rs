@@ -2,7 +2,7 @@
 //! addresses before anything else runs there.
 
 use std::sync::atomic::Ordering;
-use std::sync::{Mutex, MutexGuard, Once, Weak};
+use std::sync::{Mutex, MutexGuard, OnceLock, Weak};
 
 use super::gate::Gate;
 use super::{buffers, handler, jobs, lock, pager, pressure, registry};
@@ -29,8 +29,8 @@ pub fn reading<T>(work: impl FnOnce() -> T) -> Result<T> {
 
 /// Be told of forks from now on.
 pub fn enlist() -> Result<()> {
-    static ONCE: Once = Once::new();
-    fork::at_fork(&ONCE, prepare, in_parent, in_child)
+    static ONCE: OnceLock<i32> = OnceLock::new();
+    fork::at_fork(&ONCE, Some(prepare), Some(in_parent), Some(in_child))
 }
 
 extern "C" fn prepare() {

@@ -294,6 +294,11 @@ impl Region {
         self.gate.enter(is_open).ok_or_else(closed)
     }
 
+    /// Refuse a range of bytes that does not lie within the region.
+    pub fn check_range(&self, offset: u64, len: u64) -> Result<()> {
+        self.covering(offset, len).map(drop)
+    }
+
     /// Windows that overlap a range of bytes.
     fn covering(&self, offset: u64, len: u64) -> Result<(usize, usize)> {
         let end = offset.checked_add(len).filter(|end| *end <= self.size);

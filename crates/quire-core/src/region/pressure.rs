@@ -8,7 +8,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicI64, AtomicU32, Ordering};
 use std::time::Duration;
 
-use super::{Backend, Discard, Outcome, Region, registry};
+use super::{Discard, Outcome, Region, registry};
 use crate::pages::{PAGE, PageRange};
 use crate::sys::fork::PerProcess;
 use crate::sys::memory;
@@ -141,7 +141,7 @@ fn listen(stall: &Stall) {
         }
         let held: u64 = registry::all()
             .iter()
-            .filter(|region| region.discard == Discard::Pressure && region.backend() != Backend::Eager)
+            .filter(|region| region.discard == Discard::Pressure)
             .map(|region| region.held_bytes.load(Ordering::Acquire))
             .sum();
         // A part each time: the kernel tells again as long as somebody waits.

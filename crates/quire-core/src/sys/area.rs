@@ -4,6 +4,7 @@
 use std::mem::MaybeUninit;
 use std::os::fd::{AsRawFd, BorrowedFd};
 
+use crate::sys::file::errno;
 use crate::{Error, Result};
 
 /// What may be done with mapped memory.
@@ -300,7 +301,7 @@ impl Drop for Area {
 }
 
 pub(crate) fn interrupted() -> bool {
-    std::io::Error::last_os_error().raw_os_error() == Some(libc::EINTR)
+    errno() == libc::EINTR
 }
 
 fn map_error() -> Error {

@@ -13,7 +13,8 @@ pub struct Stamp {
     pub mtime_ns: i128,
 }
 
-fn errno() -> i32 {
+/// Why this thread's last system call failed.
+pub(crate) fn errno() -> i32 {
     // SAFETY: the address of this thread's errno is always valid.
     unsafe { *libc::__errno_location() }
 }

@@ -6,7 +6,7 @@ use std::cell::RefCell;
 use std::mem::ManuallyDrop;
 use std::ops::{Deref, DerefMut};
 use std::sync::atomic::{AtomicPtr, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, Once, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 
 use crate::{Error, Result};
 
@@ -15,24 +15,24 @@ thread_local! {
     static GUARDS: RefCell<Vec<Box<dyn Any>>> = const { RefCell::new(Vec::new()) };
 }
 
-/// Install handlers, once for each `once`.
-pub fn at_fork(once: &Once, prepare: extern "C" fn(), parent: extern "C" fn(), child: extern "C" fn()) -> Result<()> {
-    let mut outcome = Ok(());
-    once.call_once(|| {
-        unsafe extern "C" {
-            fn pthread_atfork(
-                prepare: Option<extern "C" fn()>,
-                parent: Option<extern "C" fn()>,
-                child: Option<extern "C" fn()>,
-            ) -> i32;
-        }
-        // SAFETY: the three functions live as long as the process: the extension is never unloaded.
-        let rc = unsafe { pthread_atfork(Some(prepare), Some(parent), Some(child)) };
-        if rc != 0 {
-            outcome = Err(Error::os("pthread_atfork", rc));
-        }
-    });
-    outcome
+/// What is called around a fork.
+pub type Handler = extern "C" fn();
+
+/// Install handlers, once for each `once`, which keeps what came of it.
+pub fn at_fork(
+    once: &OnceLock<i32>,
+    prepare: Option<Handler>,
+    parent: Option<Handler>,
+    child: Option<Handler>,
+) -> Result<()> {
+    unsafe extern "C" {
+        fn pthread_atfork(prepare: Option<Handler>, parent: Option<Handler>, child: Option<Handler>) -> i32;
+    }
+    // SAFETY: the functions live as long as the process: the extension is never unloaded.
+    match *once.get_or_init(|| unsafe { pthread_atfork(prepare, parent, child) }) {
+        0 => Ok(()),
+        errno => Err(Error::os("pthread_atfork", errno)),
+    }
 }
 
 /// Keep a lock's guard until `release_guards`.

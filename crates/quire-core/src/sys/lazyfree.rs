@@ -11,9 +11,9 @@
 
 use std::sync::atomic::{AtomicU64, Ordering};
 
+use crate::Result;
 use crate::pages::PAGE;
 use crate::sys::area::Area;
-use crate::{Error, Result};
 
 const WORDS: usize = PAGE as usize / 8;
 
@@ -25,16 +25,10 @@ pub fn release(area: &Area, offset: usize, len: usize) -> Result<()> {
     if len == 0 {
         return Ok(());
     }
-    // SAFETY: the range is ours and no Rust reference into it exists; losing the content is what the caller asks for.
-    let rc = unsafe { libc::madvise(area.at(offset, len), len, libc::MADV_FREE) };
-    if rc == 0 {
-        return Ok(());
-    }
-    let error = Error::last_os("madvise(MADV_FREE)");
-    if error.errno() == libc::EINVAL {
-        return Err(error.hinted("memory that is locked, as mlockall does, cannot be purged"));
-    }
-    Err(error)
+    area.free_lazily(offset, len).map_err(|error| match error.errno() {
+        libc::EINVAL => error.hinted("memory that is locked, as mlockall does, cannot be purged"),
+        _ => error,
+    })
 }
 
 /// Take the page of a word back from the kernel, and return the word: zero if the page was taken before.
@@ -60,9 +54,8 @@ pub fn first_word(area: &Area, page_offset: usize) -> Option<u16> {
 /// swaps what was released.
 pub fn resident(area: &Area, offset: usize, len: usize) -> Result<Vec<bool>> {
     let mut bytes = vec![0u8; len.div_ceil(PAGE as usize)];
-    // SAFETY: the range is ours; the vector has a byte for each page of it.
-    let rc = unsafe { libc::mincore(area.at(offset, len), len, bytes.as_mut_ptr()) };
-    if rc == 0 { Ok(bytes.into_iter().map(|byte| byte & 1 == 1).collect()) } else { Err(Error::last_os("mincore")) }
+    area.residency(offset, len, &mut bytes)?;
+    Ok(bytes.into_iter().map(|byte| byte & 1 == 1).collect())
 }
 
 #[cfg(test)]

@@ -5,6 +5,7 @@ use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 
 use crate::pages::{PAGE, PageRange};
 use crate::sys::area::interrupted;
+use crate::sys::file;
 use crate::{Error, Result};
 
 /// The seals that make content immutable for good.
@@ -106,20 +107,8 @@ pub fn status(fd: BorrowedFd<'_>) -> Result<Status> {
 
 /// Fill `buf` from the file; false if the file is too short.
 pub fn read_exact(fd: BorrowedFd<'_>, buf: &mut [u8], offset: u64) -> Result<bool> {
-    let mut done = 0;
-    while done < buf.len() {
-        let rest = &mut buf[done..];
-        // SAFETY: the pointer and length describe `rest`.
-        let n =
-            unsafe { libc::pread(fd.as_raw_fd(), rest.as_mut_ptr().cast(), rest.len(), (offset + done as u64) as i64) };
-        match n {
-            0 => return Ok(false),
-            n if n > 0 => done += n as usize,
-            _ if interrupted() => {}
-            _ => return Err(Error::last_os("pread")),
-        }
-    }
-    Ok(true)
+    let got = file::read_at(fd, offset, buf).map_err(|errno| Error::os("pread", errno))?;
+    Ok(got == buf.len())
 }
 
 /// Write all bytes at an offset. Allocates nothing and takes no lock, so it may be called in a signal handler.

@@ -6,10 +6,11 @@
 #![allow(unsafe_code)]
 
 use std::os::fd::{AsRawFd, BorrowedFd, IntoRawFd, OwnedFd};
-use std::sync::Once;
+use std::sync::OnceLock;
 use std::sync::atomic::{AtomicI32, AtomicPtr, AtomicU64, Ordering};
 
-use crate::{Error, Result};
+use crate::Result;
+use crate::sys::fork;
 
 const NONE: i32 = -1;
 
@@ -97,23 +98,8 @@ impl Drop for PrivateFd {
 }
 
 fn install() -> Result<()> {
-    static ONCE: Once = Once::new();
-    static FAILED: AtomicI32 = AtomicI32::new(0);
-    ONCE.call_once(|| {
-        unsafe extern "C" {
-            fn pthread_atfork(
-                prepare: Option<extern "C" fn()>,
-                parent: Option<extern "C" fn()>,
-                child: Option<extern "C" fn()>,
-            ) -> i32;
-        }
-        // SAFETY: the handler lives as long as the process: the extension is never unloaded.
-        FAILED.store(unsafe { pthread_atfork(None, None, Some(in_child)) }, Ordering::Release);
-    });
-    match FAILED.load(Ordering::Acquire) {
-        0 => Ok(()),
-        errno => Err(Error::os("pthread_atfork", errno)),
-    }
+    static ONCE: OnceLock<i32> = OnceLock::new();
+    fork::at_fork(&ONCE, None, None, Some(in_child))
 }
 
 extern "C" fn in_child() {

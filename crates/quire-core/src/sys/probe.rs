@@ -352,9 +352,7 @@ fn madv_free() -> Result<()> {
     let area = Area::reserve(PAGE_BYTES)?;
     area.map_zero(0, PAGE_BYTES, Access::ReadWrite)?;
     area.store(0, &[1]);
-    // SAFETY: the page is ours, and no Rust reference into it exists.
-    let rc = unsafe { libc::madvise(area.addr() as *mut libc::c_void, PAGE_BYTES, libc::MADV_FREE) };
-    if rc == 0 { Ok(()) } else { Err(Error::last_os("madvise(MADV_FREE)")) }
+    area.free_lazily(0, PAGE_BYTES)
 }
 
 #[cfg(test)]

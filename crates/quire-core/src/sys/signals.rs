@@ -6,6 +6,7 @@ use std::mem::MaybeUninit;
 use std::sync::atomic::{AtomicI32, AtomicPtr, AtomicUsize, Ordering};
 use std::sync::{Mutex, PoisonError};
 
+use crate::sys::file::errno;
 use crate::{Error, Result};
 
 /// Looks at the address of a fault. True: the cause is gone, repeat the access. Runs in a signal handler: it may not
@@ -122,16 +123,12 @@ extern "C" fn on_fault(number: i32, info: *mut libc::siginfo_t, context: *mut li
     // SAFETY: the kernel passes a valid siginfo to an SA_SIGINFO handler of a fault; a code above zero says that the
     // kernel sent it because of an access, and not somebody with kill, in which case there is no address.
     let address = unsafe { if (*info).si_code > 0 { (*info).si_addr() as usize } else { 0 } };
-    let errno = errno();
+    let before = errno();
     let repeat = address != 0 && signal.is_claimed(address);
-    set_errno(errno);
+    set_errno(before);
     if !repeat {
         signal.pass_on(info, context);
     }
-}
-
-fn errno() -> i32 {
-    std::io::Error::last_os_error().raw_os_error().unwrap_or(0)
 }
 
 fn set_errno(value: i32) {
