@@ -5,6 +5,7 @@ import mmap
 import statistics
 import time
 from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -201,6 +202,15 @@ def store(words: Words, where: Places, value: int) -> float:
     start = time.perf_counter()
     words[where] = number
     return time.perf_counter() - start
+
+
+def peak_bytes() -> int:
+    """Largest resident set of this process so far.
+
+    Not getrusage, whose figure begins with that of the process that started this one.
+    """
+    status = Path("/proc/self/status").read_text("ascii")
+    return int(status.partition("VmHWM:")[2].split()[0]) * 1024
 
 
 def median_of(values: Sequence[float]) -> float:

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
-from benches.common import PAGE, WORDS
+from benches.common import PAGE, WORDS, peak_bytes
 
 MEMBER = "data.bin"
 
@@ -129,10 +129,7 @@ def main(way: str, path: Path, size: int, count: int) -> None:
         first = first or time.perf_counter() - start
         total += int(np.frombuffer(data, np.uint64, WORDS).sum())
     seconds = time.perf_counter() - start
-    # Not getrusage, whose figure begins with that of the process that started this one.
-    status = Path("/proc/self/status").read_text("ascii")
-    peak = int(status.partition("VmHWM:")[2].split()[0]) * 1024
-    print(json.dumps({"first": first, "total": seconds, "peak": peak, "sum": total % (1 << 64)}))
+    print(json.dumps({"first": first, "total": seconds, "peak": peak_bytes(), "sum": total % (1 << 64)}))
 
 
 if __name__ == "__main__":

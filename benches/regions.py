@@ -1,5 +1,6 @@
 """Regions: reading compressed members through memory, against the codec alone and against other ways."""
 
+import contextlib
 import json
 import multiprocessing
 import os
@@ -17,7 +18,7 @@ from typing import Any
 import numpy as np
 
 import quire
-from benches.common import MIB, PAGE, Peer, Plan, Row
+from benches.common import MIB, PAGE, Peer, Plan, Row, peak_bytes
 from benches.members import MEMBER, WAYS
 
 SIZE = 200 * MIB
@@ -263,19 +264,12 @@ def _limited(files: Files, limit: int | None) -> dict[str, float] | None:
     from tests.cgroups import Refused, limited_group
 
     receive, send = multiprocessing.Pipe(duplex=False)
-    context = multiprocessing.get_context("spawn")
-    child: Any
-    if limit is None:
-        child = context.Process(target=read_twice, args=(str(files.zstd), files.crc, None, send))
-        child.start()
-        outcome: dict[str, float] = receive.recv()
-        child.join()
-        return outcome
     try:
-        with limited_group(limit) as procs:
-            child = context.Process(target=read_twice, args=(str(files.zstd), files.crc, procs, send))
+        with contextlib.nullcontext() if limit is None else limited_group(limit) as procs:
+            arguments = (str(files.zstd), files.crc, procs, send)
+            child = multiprocessing.get_context("spawn").Process(target=read_twice, args=arguments)
             child.start()
-            outcome = receive.recv()
+            outcome: dict[str, float] = receive.recv()
             child.join()
             return outcome
     except Refused:
@@ -293,6 +287,4 @@ def read_twice(path: str, crc: int, procs: str | None, send: Any) -> None:
                 if zlib.crc32(view) != crc:
                     raise RuntimeError("wrong bytes")
         refills = region.stats.refills
-    status = Path("/proc/self/status").read_text("ascii")
-    peak = int(status.partition("VmHWM:")[2].split()[0]) * 1024
-    send.send({"seconds": time.perf_counter() - start, "peak": peak, "refills": refills})
+    send.send({"seconds": time.perf_counter() - start, "peak": peak_bytes(), "refills": refills})

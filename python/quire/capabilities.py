@@ -133,6 +133,9 @@ def _plain(value: Any) -> Any:
     return value
 
 
+FAULTS_OVERRIDE = "QUIRE_FAULTS"
+"""The environment variable that chooses for ``faults="auto"`` of a region."""
+
 REQUIRED = (
     "memfd.create",
     "memfd.seal_seal",
@@ -161,7 +164,7 @@ def capabilities() -> Capabilities:
         tracking="userfaultfd" if marked else "compare",
         holding="userfaultfd" if marked else "sigsegv",
         forced=found["tracking_override"],
-        faults=os.environ.get("QUIRE_FAULTS", "thread" if checks["region.missing"] else "sigsegv"),
+        faults=os.environ.get(FAULTS_OVERRIDE, "thread" if checks["region.missing"] else "sigsegv"),
     )
     limits = read_limits()
     errnos = {name: None if check else check.errno for name, check in checks.items()}

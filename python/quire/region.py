@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal, Self, cast, get_args
 
 from quire import _native
 from quire.arrays import ArrayViews
+from quire.capabilities import FAULTS_OVERRIDE
 from quire.closing import Closing
 from quire.errors import Malformed, Unsupported
 from quire.ranges import Ranges
@@ -29,9 +30,6 @@ __all__ = ["Discard", "Faults", "Region", "RegionStats", "open"]
 
 Discard = Literal["kernel", "pressure", "never"]
 Faults = Literal["auto", "thread", "signal", "sigsegv", "eager"]
-
-OVERRIDE = "QUIRE_FAULTS"
-"""The environment variable that chooses for ``faults="auto"``."""
 
 _AUTOMATIC: tuple[Faults, ...] = ("thread", "sigsegv")
 
@@ -376,11 +374,11 @@ def _choices(faults: Faults) -> tuple[Faults, ...]:
     """Return the backends to try, in order."""
     if faults != "auto":
         return (faults,)
-    forced = os.environ.get(OVERRIDE)
+    forced = os.environ.get(FAULTS_OVERRIDE)
     if forced is None:
         return _AUTOMATIC
     if forced not in get_args(Faults) or forced == "auto":
-        raise ValueError(f"{OVERRIDE} is {forced!r}, which names no backend")
+        raise ValueError(f"{FAULTS_OVERRIDE} is {forced!r}, which names no backend")
     return (forced,)  # type: ignore[return-value]
 
 
