@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from quire.demo.memory import family, measure
+from quire.commands.demo.memory import family, measure
 
 SVG = "{http://www.w3.org/2000/svg}"
 
@@ -68,7 +68,7 @@ def programs(folder: Path) -> set[int]:
                 command = Path(f"/proc/{entry}/cmdline").read_bytes()
             except (FileNotFoundError, ProcessLookupError):
                 continue
-            if b"\0quire.demo." in command and os.fsencode(folder) in command:
+            if b"\0quire.commands.demo." in command and os.fsencode(folder) in command:
                 found.add(int(entry))
     return found
 

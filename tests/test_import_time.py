@@ -43,4 +43,4 @@ def test_nothing_slow() -> None:
 
 def test_command_loads_only_the_subcommand_asked_for() -> None:
     loaded = loaded_by("import quire.cli")
-    assert not {"quire.demo", "quire.doctor"} & set(loaded)
+    assert not {"quire.commands.demo", "quire.commands.doctor"} & set(loaded)

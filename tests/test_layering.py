@@ -21,7 +21,7 @@ LAYERS = [
     {"wire"},
     {"__init__"},
     {"costs"},
-    {"demo", "doctor", "pack", "stat", "unpack"},
+    {"commands"},
     {"cli"},
     {"__main__"},
 ]

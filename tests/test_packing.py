@@ -295,7 +295,7 @@ def test_commands(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     ("text", "size"), [("4096", 4096), ("4k", 4096), ("64 KiB", 65536), ("1MiB", MIB), ("4MB", 4 * MIB)]
 )
 def test_frame_sizes(text: str, size: int) -> None:
-    from quire.pack import frame_size
+    from quire.commands.pack import frame_size
 
     assert frame_size(text) == size
 

@@ -155,7 +155,7 @@ class MirrorView:
     def __buffer__(self, flags: int, /) -> memoryview: ...
 
 def probe() -> dict[str, Any]:
-    """What this kernel and user can do; see quire.doctor for the meaning of each key."""
+    """What this kernel and user can do; see quire.commands.doctor for the meaning of each key."""
 
 @final
 class Source:

@@ -19,7 +19,7 @@ COMMANDS = {
     "stat": "how an input would be paged, at what cost, and whether packing it helps",
     "demo": "writer and reader processes share versions of real data; about a minute",
 }
-"""Subcommands and their summaries. Each is a module of quire with ``add_arguments(parser)`` and
+"""Subcommands and their summaries. Each is a module of `quire.commands` with ``add_arguments(parser)`` and
 ``run(args) -> int``."""
 
 
@@ -50,7 +50,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     for name, summary in COMMANDS.items():
         command = commands.add_parser(name, help=summary, description=summary)
         if name == wanted:
-            module = import_module(f"quire.{name}")
+            module = import_module(f"quire.commands.{name}")
             module.add_arguments(command)
             command.set_defaults(run=module.run)
     args = parser.parse_args(arguments)

@@ -8,12 +8,12 @@ from rich.console import Console
 from rich.progress import BarColumn, TextColumn, TimeElapsedColumn
 from rich.progress import Progress as Bars
 
-from quire.demo.report import bytes_text, duration_text
+from quire.commands.demo.report import bytes_text, duration_text
 
 if TYPE_CHECKING:
     from types import TracebackType
 
-    from quire.demo.memory import Memory
+    from quire.commands.demo.memory import Memory
 
 __all__ = ["Progress"]
 

@@ -13,18 +13,18 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
-from quire.demo.figures import Figures
-from quire.demo.memory import measure
-from quire.demo.picture import draw
-from quire.demo.programs import Gone, Programs
-from quire.demo.progress import Progress
-from quire.demo.report import report
+from quire.commands.demo.figures import Figures
+from quire.commands.demo.memory import measure
+from quire.commands.demo.picture import draw
+from quire.commands.demo.programs import Gone, Programs
+from quire.commands.demo.progress import Progress
+from quire.commands.demo.report import report
 
 if TYPE_CHECKING:
     import argparse
     from collections.abc import Iterator
 
-    from quire.demo.programs import Program
+    from quire.commands.demo.programs import Program
 
 __all__ = ["run_demo"]
 
@@ -37,7 +37,7 @@ class Stopped(Exception):  # noqa: N818 -- a request, not a mistake
 
 
 def run_demo(args: argparse.Namespace) -> int:
-    """Run everything; see `quire.demo.run`."""
+    """Run everything; see `quire.commands.demo.run`."""
     started = time.monotonic()
     complaints = Console(stderr=True, soft_wrap=True, highlight=False)
     figures = Figures(args.readers)

@@ -1,7 +1,7 @@
 """The same versions made with other means, on the same data. Run as a program of its own by the command.
 
-``python -m quire.demo.compare PATH`` receives the last version and which pages changed in the versions
-before. Each means in turn stores one byte into each of those pages and takes a version, again and again.
+``python -m quire.commands.demo.compare PATH`` receives the last version and which pages changed in the
+versions before. Each means in turn stores one byte into each of those pages and takes a version, again and again.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from quire import PAGE_SIZE, Channel, Snapshot
-from quire.demo.talk import announce, ask, recv_json, send_json
+from quire.commands.demo.talk import announce, ask, recv_json, send_json
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     import numpy.typing as npt
 
     from quire import Segment
-    from quire.demo.data import Column, Source
+    from quire.commands.demo.data import Column, Source
 
 __all__ = ["updates"]
 

@@ -99,7 +99,7 @@ class Programs:
 
     def start(self, title: str, module: str, argument: str) -> Program:
         """Start a module of the demo with one argument."""
-        program = Program(title, f"quire.demo.{module}", argument)
+        program = Program(title, f"quire.commands.demo.{module}", argument)
         self.all.append(program)
         return program
 

@@ -1,6 +1,6 @@
 """A reader: is given the path of a socket, and checks what comes. Run as a program of its own.
 
-``python -m quire.demo.reader PATH``
+``python -m quire.commands.demo.reader PATH``
 """
 
 from __future__ import annotations
@@ -10,8 +10,8 @@ import sys
 import time
 
 from quire import Channel, Mapping, Snapshot
-from quire.demo.data import Column, aggregate, mismatches
-from quire.demo.talk import recv_json, send_json
+from quire.commands.demo.data import Column, aggregate, mismatches
+from quire.commands.demo.talk import recv_json, send_json
 
 __all__ = ["read"]
 

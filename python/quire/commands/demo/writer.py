@@ -13,15 +13,15 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from quire import PAGE_SIZE, Channel
-from quire.demo.data import aggregate, fill, load_file, load_flights
-from quire.demo.talk import announce, ask, recv_json, send_json
-from quire.demo.updates import updates
+from quire.commands.demo.data import aggregate, fill, load_file, load_flights
+from quire.commands.demo.talk import announce, ask, recv_json, send_json
+from quire.commands.demo.updates import updates
 
 if TYPE_CHECKING:
     import numpy.typing as npt
 
     from quire import Segment, Snapshot
-    from quire.demo.data import Column
+    from quire.commands.demo.data import Column
 
 __all__ = ["Failure", "write"]
 

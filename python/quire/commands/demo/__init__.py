@@ -59,6 +59,6 @@ def run(args: argparse.Namespace) -> int:
     if missing:
         print(f"quire demo needs {' and '.join(missing)}: pip install 'quire[demo]'")
         return 1
-    from quire.demo.command import run_demo
+    from quire.commands.demo.command import run_demo
 
     return run_demo(args)

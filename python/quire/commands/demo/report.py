@@ -8,14 +8,14 @@ from rich import box
 from rich.table import Table
 
 from quire import PAGE_SIZE
-from quire.demo.figures import Spread
+from quire.commands.demo.figures import Spread
 
 if TYPE_CHECKING:
     from pathlib import Path
 
     from rich.console import Console
 
-    from quire.demo.figures import Figures
+    from quire.commands.demo.figures import Figures
 
 __all__ = ["bytes_text", "duration_text", "report"]
 

@@ -6,12 +6,12 @@ from typing import TYPE_CHECKING, Any
 from xml.sax.saxutils import escape
 
 from quire import PAGE_SIZE
-from quire.demo.report import bytes_text, duration_text
+from quire.commands.demo.report import bytes_text, duration_text
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from quire.demo.figures import Figures
+    from quire.commands.demo.figures import Figures
 
 __all__ = ["draw"]
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from quire import PAGE_SIZE
 
 if TYPE_CHECKING:
-    from quire.demo.memory import Memory
+    from quire.commands.demo.memory import Memory
 
 __all__ = ["Figures", "Spread"]
 
