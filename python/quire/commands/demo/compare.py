@@ -1,7 +1,8 @@
 """The same versions made with other means, on the same data. Run as a program of its own by the command.
 
 ``python -m quire.commands.demo.compare PATH`` receives the last version and which pages changed in the
-versions before. Each means in turn stores one byte into each of those pages and takes a version, again and again.
+versions before. Each means in turn stores one byte into each of those pages and takes a version, again and
+again.
 """
 
 from __future__ import annotations
