@@ -10,9 +10,10 @@ from pathlib import Path
 import pytest
 
 import quire
-from quire import cli, doctor
+from quire import cli
 from quire.advice import Advice, advise
 from quire.capabilities import REQUIRED, Cgroup, find_cgroup
+from quire.commands import doctor
 
 
 def run_doctor(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
