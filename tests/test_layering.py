@@ -11,7 +11,7 @@ PACKAGE = Path(__file__).parents[1] / "python" / "quire"
 LAYERS = [
     {"errors"},
     {"_native"},
-    {"advice", "arrays", "closing", "locks", "messages", "output", "ranges", "zipwriter"},
+    {"advice", "arrays", "closing", "locks", "messages", "output", "pictures", "ranges", "zipwriter"},
     {"capabilities", "helper", "purgeable", "transport"},
     {"handover"},
     {"snapshot"},

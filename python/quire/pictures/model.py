@@ -1,0 +1,220 @@
+"""What is drawn: address spaces as plain data, without knowing where they come from.
+
+A `Picture` is one or more `Sample` objects of the same thing in the order of time; a sample has `Row`
+objects, one for each VMA, which may have `Pages`. All sizes are in bytes, addresses are plain integers below
+2**64, ends are exclusive, and None is a figure that is not known.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+
+from quire.pictures.palette import KINDS
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Sequence
+
+    from numpy.typing import ArrayLike, NDArray
+
+__all__ = ["CELLS", "PAGE", "Change", "Pages", "Picture", "Row", "Sample", "Total", "changes"]
+
+PAGE = 4096
+CELLS = 4096
+"""The most cells that the pages of one row are drawn with; of longer ones a cell is several pages."""
+_FULL = 15
+
+
+class Pages(NamedTuple):
+    """Which pages of a row are in memory, cell by cell.
+
+    Attributes:
+        pages_per_cell: A power of two. The last cell may have fewer.
+        resident: For each cell a byte, 0 (no page) to 15 (all pages), of pages in memory. Any page counts 1
+            at least, and one that is missing makes 14 at most.
+        shared: The same of pages that somebody else has too.
+        swapped: The same of pages that are swapped out.
+        written: The same of pages that are known to have been written.
+        frames: In a model, the number of each page's frame or None, one for each page; else empty.
+    """
+
+    pages_per_cell: int
+    resident: bytes
+    shared: bytes = b""
+    swapped: bytes = b""
+    written: bytes = b""
+    frames: tuple[int | None, ...] = ()
+
+    @classmethod
+    def of(
+        cls,
+        resident: ArrayLike,
+        *,
+        shared: ArrayLike | None = None,
+        swapped: ArrayLike | None = None,
+        written: ArrayLike | None = None,
+        frames: Iterable[int | None] = (),
+    ) -> Pages:
+        """Make cells of one truth value for each page."""
+        each = np.asarray(resident, dtype=bool)
+        per_cell = 1
+        while len(each) > per_cell * CELLS:
+            per_cell *= 2
+
+        def cells(values: ArrayLike | None) -> bytes:
+            return b"" if values is None else _cells(np.asarray(values, dtype=bool), per_cell)
+
+        return cls(per_cell, cells(each), cells(shared), cells(swapped), cells(written), tuple(frames))
+
+
+def _cells(pages: NDArray[np.bool_], per_cell: int) -> bytes:
+    if not len(pages):
+        return b""
+    starts = np.arange(0, len(pages), per_cell)
+    counts = np.add.reduceat(pages, starts, dtype=np.int64)
+    sizes = np.minimum(per_cell, len(pages) - starts)
+    levels = counts * _FULL // sizes
+    levels = np.where(counts > 0, np.maximum(levels, 1), 0)
+    return levels.astype(np.uint8).tobytes()
+
+
+class Row(NamedTuple):
+    """One VMA.
+
+    Attributes:
+        start: Its first address.
+        end: The first address after it.
+        kind: What it is for people; `quire.pictures.palette` has the colours.
+        name: A path or another name, as it is: drawers make it visible.
+        protection: As in /proc/PID/maps, for example ``r-xp``.
+        committed: Bytes that count against the limit of commitments.
+        resident: Bytes in memory.
+        proportional: The same, shared pages divided by how many have them.
+        dirty: Bytes that would have to be written before the memory can be taken.
+        swapped: Bytes swapped out.
+        details: More, as pairs of label and text.
+        pages: The pages, if somebody looked.
+    """
+
+    start: int
+    end: int
+    kind: str
+    name: str = ""
+    protection: str = ""
+    committed: int | None = None
+    resident: int | None = None
+    proportional: int | None = None
+    dirty: int | None = None
+    swapped: int | None = None
+    details: tuple[tuple[str, str], ...] = ()
+    pages: Pages | None = None
+
+    @property
+    def size(self) -> int:
+        """Bytes of addresses."""
+        return self.end - self.start
+
+
+class Total(NamedTuple):
+    """Sums over the rows of a kind: how many rows, and bytes."""
+
+    kind: str
+    mappings: int = 0
+    virtual: int = 0
+    committed: int = 0
+    resident: int = 0
+
+    def plus(self, other: Total) -> Total:
+        """Add up two sums of this kind."""
+        return Total(
+            self.kind,
+            self.mappings + other.mappings,
+            self.virtual + other.virtual,
+            self.committed + other.committed,
+            self.resident + other.resident,
+        )
+
+
+class Sample(NamedTuple):
+    """An address space at one moment.
+
+    Attributes:
+        title: What tells this sample from the others: a time, a step.
+        rows: In the order of addresses, not overlapping.
+        extra: Memory that has no addresses, such as page tables.
+        time_s: Seconds since the first sample; None if the samples are steps.
+        note: What a reader has to know, such as what could not be read.
+        marks: Ranges (start, exclusive end) to point at, such as what a step changed.
+        failed: The note tells of a failure.
+    """
+
+    title: str
+    rows: tuple[Row, ...]
+    extra: tuple[Total, ...] = ()
+    time_s: float | None = None
+    note: str = ""
+    marks: tuple[tuple[int, int], ...] = ()
+    failed: bool = False
+
+    def totals(self) -> list[Total]:
+        """Sum the rows up by kind, in the order of the palette and then of names."""
+        sums: dict[str, Total] = {}
+        for row in self.rows:
+            one = Total(row.kind, 1, row.size, row.committed or 0, row.resident or 0)
+            sums[row.kind] = sums[row.kind].plus(one) if row.kind in sums else one
+        for total in self.extra:
+            sums[total.kind] = sums[total.kind].plus(total) if total.kind in sums else total
+        order = {kind: number for number, kind in enumerate(KINDS)}
+        return sorted(sums.values(), key=lambda total: (order.get(total.kind, len(order)), total.kind))
+
+
+class Picture(NamedTuple):
+    """Samples of one address space, in the order of time; one at least."""
+
+    title: str
+    samples: tuple[Sample, ...]
+    subtitle: str = ""
+
+
+class Change(NamedTuple):
+    """How a row differs between two samples; ``before`` is None for a new one, ``after`` for a lost one."""
+
+    before: Row | None
+    after: Row | None
+
+    @property
+    def verb(self) -> str:
+        """One of ``added``, ``removed``, ``grown``, ``shrunk``, ``changed``."""
+        if self.before is None:
+            return "added"
+        if self.after is None:
+            return "removed"
+        difference = self.after.size - self.before.size
+        return "grown" if difference > 0 else "shrunk" if difference < 0 else "changed"
+
+
+def changes(before: Sequence[Row], after: Sequence[Row]) -> list[Change]:
+    """Compare two samples.
+
+    Rows are the same VMA if they start at the same address with the same kind and name; failing that, if they
+    end at the same one (a stack grows down). What is in `details` and `pages` is not compared.
+
+    Returns:
+        The rows that differ, in the order of addresses.
+    """
+    left = list(before)
+    right = list(after)
+    found: list[Change] = []
+    for end in (False, True):
+        there = {(row[end], row.kind, row.name): row for row in left}
+        rest = []
+        for row in right:
+            twin = there.pop((row[end], row.kind, row.name), None)
+            if twin is None:
+                rest.append(row)
+            elif twin[:-2] != row[:-2]:
+                found.append(Change(twin, row))
+        left, right = list(there.values()), rest
+    found += [Change(row, None) for row in left] + [Change(None, row) for row in right]
+    return sorted(found, key=lambda change: (change.after or change.before)[0])  # type: ignore[index]
