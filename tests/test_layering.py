@@ -18,7 +18,7 @@ LAYERS = [
     {"live", "segment", "sources"},
     {"functions"},
     {"packing", "region", "remote", "wheels"},
-    {"wire"},
+    {"process", "wire"},
     {"__init__"},
     {"costs"},
     {"commands"},

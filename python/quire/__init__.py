@@ -30,6 +30,7 @@ from quire.snapshot import Mapping, Snapshot, load
 
 if TYPE_CHECKING:
     from quire.functions import FunctionSource
+    from quire.process import maps
     from quire.purgeable import Purgeable, PurgeableCache
     from quire.region import Region, RegionStats, open  # noqa: A004
     from quire.remote import HTTPSource, ObjectSource
@@ -83,6 +84,7 @@ __all__ = [
     "__version__",
     "capabilities",
     "load",
+    "maps",
     "open",
     "open_source",
     "recv",
@@ -92,6 +94,7 @@ __all__ = [
 
 _LATER = {
     "functions": ("FunctionSource",),
+    "process": ("maps",),
     "purgeable": ("Purgeable", "PurgeableCache"),
     "region": ("Region", "RegionStats", "open"),
     "remote": ("HTTPSource", "ObjectSource"),

@@ -1,0 +1,299 @@
+"""``maps``: the address space of a process, read from ``/proc``."""
+
+from __future__ import annotations
+
+import bisect
+import errno
+import os
+import time
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, overload
+
+from quire.process import parsing
+from quire.process.kinds import Kind, Total, classify
+from quire.process.procfs import Folder
+from quire.process.vma import VMA
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from quire.process.procfs import Identity
+
+__all__ = ["Detail", "Maps", "Process", "maps"]
+
+Detail = Literal["maps", "smaps"]
+
+_STACK_GUARD_BYTES = 256 * os.sysconf("SC_PAGESIZE")
+"""What the kernel keeps free below a stack, unless it was started with another ``stack_guard_gap``."""
+_ATTEMPTS = 3
+
+
+class Process(NamedTuple):
+    """Which process was read, and when.
+
+    Attributes:
+        pid: Its number.
+        command: Its name, at most 15 bytes, as it gave it to itself.
+        start_ticks: When it started, in clock ticks since boot.
+        threads: How many threads it had.
+        time: When reading began, in seconds as ``time.time`` tells it.
+        monotonic: The same as ``time.monotonic`` tells it.
+    """
+
+    pid: int
+    command: bytes
+    start_ticks: int
+    threads: int
+    time: float
+    monotonic: float
+
+
+class Maps(Sequence[VMA]):
+    """The VMAs of a process, ascending, none overlapping another, as they were when they were read.
+
+    It is a sequence of `VMA`. It does not change; read again for the present state.
+
+    Attributes:
+        process: Which process, and when.
+        detail: What was read: ``maps`` or ``smaps``.
+        partial: Why something may be missing, in words; empty if nothing is.
+        page_table_bytes: Memory that the kernel holds for the process's page tables; None if it was not told.
+    """
+
+    __slots__ = ("_starts", "_vmas", "detail", "page_table_bytes", "partial", "process")
+
+    def __init__(
+        self,
+        process: Process,
+        detail: Detail,
+        vmas: Iterable[VMA],
+        partial: Iterable[str] = (),
+        page_table_bytes: int | None = None,
+    ) -> None:
+        self.process = process
+        self.detail = detail
+        self.partial = tuple(partial)
+        self.page_table_bytes = page_table_bytes
+        self._vmas = tuple(vmas)
+        self._starts = [vma.start for vma in self._vmas]
+
+    @property
+    def pid(self) -> int:
+        """The process's number."""
+        return self.process.pid
+
+    def __len__(self) -> int:
+        return len(self._vmas)
+
+    @overload
+    def __getitem__(self, index: int) -> VMA: ...
+    @overload
+    def __getitem__(self, index: slice) -> tuple[VMA, ...]: ...
+    def __getitem__(self, index: int | slice) -> VMA | tuple[VMA, ...]:
+        return self._vmas[index]
+
+    def at(self, address: int) -> VMA | None:
+        """Return the VMA that holds an address; None if none does."""
+        place = bisect.bisect_right(self._starts, address) - 1
+        if place >= 0 and address < self._vmas[place].end:
+            return self._vmas[place]
+        return None
+
+    def overlapping(self, start: int, end: int) -> tuple[VMA, ...]:
+        """Return the VMAs that hold some address from ``start`` to ``end``, exclusive."""
+        first = max(bisect.bisect_right(self._starts, start) - 1, 0)
+        last = bisect.bisect_left(self._starts, end)
+        return tuple(vma for vma in self._vmas[first:last] if vma.end > start)
+
+    def totals(self) -> dict[Kind, Total]:
+        """Return the sums of each kind that there is, in the order of `Kind`.
+
+        Page tables and the gaps below stacks are no VMAs and have a count of 0; they are in no other sum.
+        """
+        sums: dict[Kind, list[int]] = {}
+        for vma in self._vmas:
+            row = sums.setdefault(vma.kind, [0, 0, 0, 0, 0])
+            row[0] += 1
+            row[1] += vma.size
+            row[2] += vma.committed
+            row[3] += vma.resident or 0
+            row[4] += vma.proportional or 0
+        told = self.detail != "maps"
+        found = {
+            kind: Total(count, virtual, committed, resident if told else None, proportional if told else None)
+            for kind, (count, virtual, committed, resident, proportional) in sums.items()
+        }
+        if self.page_table_bytes:
+            size = self.page_table_bytes
+            found[Kind.PAGE_TABLES] = Total(0, 0, size, size, size)
+        if gap := self._guard_gap_bytes():
+            found[Kind.UNUSABLE] = Total(0, gap, 0, 0, 0)
+        return {kind: found[kind] for kind in Kind if kind in found}
+
+    def _guard_gap_bytes(self) -> int:
+        """Sum up the addresses that nothing may be mapped at because a stack grows towards them."""
+        gap = 0
+        before = 0
+        for vma in self._vmas:
+            if "gd" in vma.flags or vma.name == b"[stack]":
+                gap += min(_STACK_GUARD_BYTES, vma.start - before)
+            before = vma.end
+        return gap
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return all of it as plain numbers, strings, lists and dicts, for JSON."""
+        return {
+            "pid": self.process.pid,
+            "command": self.process.command.decode("utf-8", "backslashreplace"),
+            "start_ticks": self.process.start_ticks,
+            "threads": self.process.threads,
+            "time": self.process.time,
+            "detail": self.detail,
+            "partial": list(self.partial),
+            "page_table_bytes": self.page_table_bytes,
+            "vmas": [vma.as_dict() for vma in self._vmas],
+            "totals": {str(kind): total._asdict() for kind, total in self.totals().items()},
+        }
+
+    def __repr__(self) -> str:
+        """Show process and number of VMAs."""
+        command = self.process.command.decode("utf-8", "backslashreplace")
+        partial = ", partial" if self.partial else ""
+        return f"<quire.maps of process {self.pid} ({command}): {len(self)} VMAs{partial}>"
+
+
+def maps(pid: int | Literal["self"] = "self", *, detail: Detail = "smaps") -> Maps:
+    """Read the address space of a process.
+
+    The kernel walks the page tables for ``smaps``, which takes time in proportion to the process's VMAs and
+    resident pages, and holds its map lock for reading meanwhile; ``maps`` does not and is about ten times as
+    fast. Blocks, without the GIL while the kernel works.
+
+    Reading is no snapshot: a process that goes on changes its memory meanwhile. A VMA that is there all the
+    time is never missing. One that was read twice because it changed is given once, as it was read last.
+
+    Args:
+        pid: The process's number; that of one of its threads will do. ``self`` is the calling process.
+        detail: ``smaps`` for everything; ``maps`` for addresses, protection, file and name only.
+
+    Returns:
+        The VMAs. ``partial`` says why something may be missing: the process ended or called execve in the
+        middle, it is a kernel thread, a zombie, lines were not understood.
+
+    Raises:
+        ProcessLookupError: There is no such process, or it ended before anything was read.
+        PermissionError: This user may not look at it.
+        TypeError, ValueError: An argument is neither of these.
+    """
+    if detail not in ("maps", "smaps"):
+        raise ValueError(f"detail is 'maps' or 'smaps', not {detail!r}")
+    with Folder(pid) as folder:
+        for attempt in range(_ATTEMPTS):
+            found = _read(folder, detail, last=attempt == _ATTEMPTS - 1)
+            if found is not None:
+                return found
+    raise AssertionError("the last attempt gives what it has")
+
+
+def _read(folder: Folder, detail: Detail, last: bool) -> Maps | None:
+    """Read once; None if the process became another program meanwhile and there is time to try again."""
+    problems: list[str] = []
+    before = folder.identity()
+    process = Process(
+        before.pid, before.command, before.start_ticks, before.threads, time.time(), time.monotonic()
+    )
+    text = folder.read(detail)
+    if detail == "smaps":
+        headers, details = parsing.parse_smaps(text, problems)
+    else:
+        headers = parsing.parse_maps(text, problems)
+        details = [parsing.NO_DETAILS] * len(headers)
+    page_tables, pointers = None, []
+    try:
+        page_tables = folder.status_bytes().get("VmPTE")
+        if before.threads > 1:
+            pointers = _stack_pointers(folder, problems)
+        after: Identity | None = folder.identity()
+    except ProcessLookupError:
+        after = None
+    if not headers:
+        problems.append(_why_empty(before.pid, before, after))
+    elif after is None or after.state in "ZX":
+        problems.append(f"process {before.pid} ended while it was read")
+    elif after.program != before.program:
+        if not last:
+            return None
+        problems.append(f"process {before.pid} called execve while it was read")
+    headers, details = _once(headers, details, problems)
+    headers = [_with_exact_name(folder, header, problems) for header in headers]
+    kinds = classify(headers, pointers, before.threads)
+    vmas = [
+        VMA(start, end, protection, offset, (major, minor), inode, name, kind, told)
+        for (start, end, protection, offset, major, minor, inode, name), kind, told in zip(
+            headers, kinds, details, strict=True
+        )
+    ]
+    return Maps(process, detail, vmas, problems, page_tables)
+
+
+def _why_empty(pid: int, before: Identity, after: Identity | None) -> str:
+    """Say why a process has no VMAs; raise if it is gone."""
+    if before.is_kernel_thread:
+        return f"process {pid} is a kernel thread: it has no address space of its own"
+    if after is None:
+        raise ProcessLookupError(errno.ESRCH, f"process {pid} ended before anything was read")
+    if after.state in "ZX":
+        return f"process {pid} has ended and is not waited for (a zombie): its memory is gone"
+    return f"process {pid} shows no VMA: it is starting, ending, or calling execve"
+
+
+def _stack_pointers(folder: Folder, problems: list[str]) -> list[int]:
+    """Find where threads that wait in the kernel have their stacks; running ones do not tell."""
+    found = []
+    for thread in folder.threads():
+        try:
+            words = folder.read(f"task/{thread}/syscall").split()
+        except (FileNotFoundError, ProcessLookupError):
+            # The thread has ended, or this kernel does not tell of any.
+            continue
+        except PermissionError as error:
+            problems.append(f"stacks of threads are not told: {error.strerror}")
+            break
+        if len(words) >= 3:
+            found.append(int(words[-2], 16))
+    return found
+
+
+def _once(
+    headers: list[parsing.Header], details: list[parsing.Details], problems: list[str]
+) -> tuple[list[parsing.Header], list[parsing.Details]]:
+    """Drop VMAs that were read again after they had changed; keep what was read last."""
+    kept: list[parsing.Header] = []
+    told: list[parsing.Details] = []
+    changed = 0
+    for header, detail in zip(headers, details, strict=True):
+        while kept and kept[-1].start >= header.start:
+            kept.pop()
+            told.pop()
+            changed += 1
+        if kept and kept[-1].end > header.start:
+            # The rest of the older one may still be there. Its figures stay those of the whole.
+            kept[-1] = kept[-1]._replace(end=header.start)
+            changed += 1
+        kept.append(header)
+        told.append(detail)
+    if changed:
+        problems.append(f"{changed} VMAs changed while they were read; they are given as they were read last")
+    return kept, told
+
+
+def _with_exact_name(folder: Folder, header: parsing.Header, problems: list[str]) -> parsing.Header:
+    """Undo the kernel's escape of newlines, which looks the same as a name that holds a backslash and 012."""
+    if b"\\012" not in header.name:
+        return header
+    try:
+        name = folder.readlink(f"map_files/{header.start:x}-{header.end:x}")
+    except OSError as error:
+        problems.append(f"a name is as the kernel writes it, with newlines as \\012, because {error}")
+        return header
+    return header._replace(name=name)
