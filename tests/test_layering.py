@@ -18,7 +18,7 @@ LAYERS = [
     {"live", "segment", "sources"},
     {"functions"},
     {"packing", "region", "remote", "wheels"},
-    {"process", "wire"},
+    {"image", "process", "wire"},
     {"__init__"},
     {"costs"},
     {"commands"},

@@ -17,6 +17,7 @@ COMMANDS = {
     "pack": "pack a file or an archive so that any part of it is decoded on its own",
     "unpack": "make a plain file, or an archive that any tool reads, of a packed one",
     "stat": "how an input would be paged, at what cost, and whether packing it helps",
+    "fatelf": "make, take apart, check and run files that hold ELF files for several machines",
     "demo": "writer and reader processes share versions of real data; about a minute",
 }
 """Subcommands and their summaries. Each is a module of `quire.commands` with ``add_arguments(parser)`` and
