@@ -200,6 +200,38 @@ def elf_linkage(fd: int) -> tuple[str | None, list[str], str | None, str | None]
     The descriptor is borrowed for the call and its position moves. Raises Malformed.
     """
 
+@final
+class ElfFile:
+    """The tables of an ELF file, each read when it is asked for. Names are decoded as paths are.
+
+    Every method raises Malformed, whose message names the field, and PageError if the source fails.
+    """
+
+    def __new__(cls, source: Source, offset: int, size: int) -> Self:
+        """A range of a source; ValueError if outside."""
+    def header(self) -> tuple[bool, bool, int, int, int, int, int, int, int, int, int, int]:
+        """(is_64, is_little_endian, os_abi, abi_version, kind, machine, flags, entry, header_bytes,
+        segments_offset, sections_offset, section_count)"""
+    def segments(self) -> list[tuple[int, int, int, int, int, int, int, int]]:
+        """(kind, flags, offset, address, physical_address, file_size, memory_size, align)"""
+    def sections(self) -> list[tuple[str, int, int, int, int, int, int, int, int, int]]:
+        """(name, kind, flags, address, offset, size, link, info, align, entry_size)"""
+    def interpreter(self) -> str | None: ...
+    def dynamic(self) -> list[tuple[int, int, str | None]] | None:
+        """(tag, value, name); None without a dynamic segment."""
+    def symbols(
+        self, dynamic: bool
+    ) -> list[tuple[str, int, int, int, int, int, int, str | None, str | None, bool]]:
+        """(name, value, size, kind, binding, other, section, version, library, is_hidden)"""
+    def relocations(self) -> list[tuple[str, int, int, int, int | None, int | None]]:
+        """(table, offset, kind, symbol, addend, section); table is eager, plt, relr or section."""
+    def notes(self) -> list[tuple[str, int, bytes]]:
+        """(name, kind, description)"""
+    def bytes_at(self, address: int, size: int) -> bytes: ...
+
+def elf_name(kind: str, machine: int, value: int) -> str | None:
+    """The constant of this value whose name begins with ``kind``: EM, ET, PT, SHT, DT, STB, STT or R."""
+
 def region_file(size: int) -> int:
     """Make the file of a shared region; the descriptor is the caller's."""
 

@@ -2,6 +2,8 @@
 
 use std::fmt;
 
+use crate::source::Failure;
+
 pub type Result<T> = std::result::Result<T, Error>;
 
 #[derive(Debug, Clone)]
@@ -10,6 +12,8 @@ pub enum Error {
     NotImmutable(String),
     /// Bytes from outside that do not follow docs/formats.md.
     Malformed(String),
+    /// A source could not give bytes.
+    Page(Failure),
     /// An operation that a forked child cannot do.
     Forked(&'static str),
     /// The kernel or its settings lack something.
@@ -70,6 +74,7 @@ impl fmt::Display for Error {
             | Self::Invalid(text)
             | Self::Exported(text)
             | Self::Memory(text) => f.write_str(text),
+            Self::Page(failure) => failure.fmt(f),
             Self::Forked(call) => {
                 write!(
                     f,

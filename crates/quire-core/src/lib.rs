@@ -8,6 +8,7 @@
 pub mod elf;
 pub mod error;
 mod forking;
+pub mod image;
 pub mod layer;
 pub mod layout;
 pub mod live;

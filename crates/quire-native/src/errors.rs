@@ -19,6 +19,7 @@ impl From<Error> for Raised {
         Self(match error {
             Error::NotImmutable(_) => NotImmutable::new_err(text),
             Error::Malformed(_) => Malformed::new_err(text),
+            Error::Page(_) => PageError::new_err(text),
             Error::Forked(_) => ForkedError::new_err(text),
             Error::Unsupported(_) => Unsupported::new_err(text),
             Error::Invalid(_) => PyValueError::new_err(text),

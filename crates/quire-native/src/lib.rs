@@ -3,6 +3,7 @@
 mod door;
 mod elf;
 mod errors;
+mod image;
 mod live;
 mod mapping;
 mod pack;
@@ -32,6 +33,8 @@ fn _native(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add_class::<purgeable::PurgeableStore>()?;
     module.add_class::<purgeable::PurgeableEntry>()?;
     module.add_function(wrap_pyfunction!(elf::elf_linkage, module)?)?;
+    module.add_class::<image::elf::ElfFile>()?;
+    module.add_function(wrap_pyfunction!(image::elf::elf_name, module)?)?;
     module.add_function(wrap_pyfunction!(purgeable::available_bytes, module)?)?;
     module.add_class::<region::Region>()?;
     module.add_function(wrap_pyfunction!(region::region_file, module)?)?;

@@ -1,0 +1,24 @@
+"""Messages that name the file."""
+
+from __future__ import annotations
+
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+from quire.errors import Malformed, PageError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+__all__ = ["named"]
+
+
+@contextmanager
+def named(name: str) -> Iterator[None]:
+    """Put the file's name before what is said of its fields."""
+    try:
+        yield
+    except Malformed as error:
+        raise Malformed(f"{name}: {error}") from None
+    except PageError as error:
+        raise PageError(f"{name}: {error}") from None

@@ -1,0 +1,79 @@
+"""Opening a program file: what it is, its first bytes tell, never its name."""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING, Any
+
+from quire.errors import Malformed
+from quire.image import fatelf, script
+from quire.image.containers import FatImage, ScriptImage
+from quire.image.elf import ElfImage
+from quire.snapshot import Snapshot
+from quire.sources import BytesSource, SnapshotSource, Source, open_source
+
+if TYPE_CHECKING:
+    from typing_extensions import Buffer
+
+    from quire.image.model import Image
+    from quire.region import Region
+
+__all__ = ["read"]
+
+_HEAD_BYTES = 8
+
+
+def read(target: str | os.PathLike[str] | Source | Snapshot | Region | Buffer) -> Image:
+    """Describe a program file. Reads its first headers; tables are read when they are asked for.
+
+    Args:
+        target: A path; a member of an archive (``app.whl!/pkg/x.so``); a url; a source; a snapshot; a region,
+            whose source is read and whose pages are not; or a bytes-like object, which must not change.
+
+    Returns:
+        The image. Close it, or leave that to the collector, if a path or url was given.
+
+    Raises:
+        Malformed: It is of no known format, or its headers are damaged; the message names file and field.
+        OSError: It cannot be opened.
+        PageError: It cannot be read, or has changed while it was.
+    """
+    source, is_owned = _as_source(target)
+    try:
+        image = _image(source, source.name, 0, source.size)
+    except BaseException:
+        if is_owned:
+            source.close()
+        raise
+    if is_owned:
+        image._owned = source
+    return image
+
+
+def _as_source(target: Any) -> tuple[Source, bool]:
+    if isinstance(target, Source):
+        return target, False
+    if isinstance(target, str | os.PathLike):
+        return open_source(target), True
+    if isinstance(target, Snapshot):
+        return SnapshotSource(target), True
+    from quire.region import Region  # noqa: PLC0415 - regions are not needed to read files
+
+    if isinstance(target, Region):
+        return target._source, False
+    return BytesSource(target), True
+
+
+def _image(source: Source, name: str, offset: int, size: int) -> Image:
+    head = source.read(offset, min(_HEAD_BYTES, size))
+    if head[:4] == b"\x7fELF":
+        return ElfImage(source, name, offset, size)
+    if fatelf.is_fatelf(head):
+        members = [
+            ElfImage(source, f"{name} ({record.target})", record.offset, record.size)
+            for record in fatelf.records(source)
+        ]
+        return FatImage("fatelf", source, name, size, members)
+    if script.is_script(head):
+        return ScriptImage(source, name, size)
+    raise Malformed(f"{name}: of no known format: it begins with the bytes {head.hex(' ') or '(none)'}")
