@@ -1,5 +1,6 @@
 """Wheels made by hand, extension modules compiled for them, and processes that have nothing but wheels."""
 
+import os
 import pathlib
 import subprocess
 import sys
@@ -80,7 +81,7 @@ def make_wheel(
     return path
 
 
-def isolated(script: str, *wheels: pathlib.Path) -> str:
+def isolated(script: str, *wheels: pathlib.Path, code_cache: pathlib.Path | str = "off") -> str:
     """Run a script in a process that has the standard library, quire and these wheels; what it printed."""
     preamble = PREAMBLE.format(home=str(HOME), wheels=[str(wheel) for wheel in wheels])
     done = subprocess.run(
@@ -89,6 +90,7 @@ def isolated(script: str, *wheels: pathlib.Path) -> str:
         text=True,
         check=False,
         timeout=100,
+        env=os.environ | {"QUIRE_CODE_CACHE": str(code_cache)},
     )
     assert done.returncode == 0, f"ended with {done.returncode}:\n{done.stdout}{done.stderr}"
     return done.stdout

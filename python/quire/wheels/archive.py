@@ -27,6 +27,7 @@ _SEALS = fcntl.F_SEAL_WRITE | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_
 _MEMFD_NAME_BYTES = 200
 # What extension modules are called on some system.
 _FOREIGN_SUFFIXES = (".so", ".pyd", ".dylib")
+_INSTALLED_BESIDE = (".data/purelib/", ".data/platlib/")
 # What reading a damaged or unsupported archive, or a member of it, raises.
 UNREADABLE = (zipfile.BadZipFile, Unsupported, zlib.error, OSError)
 
@@ -53,6 +54,8 @@ class Wheel:
         """Names that lead elsewhere: symbolic links, absolute ones, ones with ``..``."""
         self.foreign: dict[str, str] = {}
         """Extension modules that this interpreter does not take: path without suffix, and name."""
+        self.roots: list[str] = []
+        """``*.data/purelib/`` and ``*.data/platlib/``: an installer puts what is in them beside the packages."""
         self.info = ""
         """Name of the member that makes a zip file a wheel; empty if there is none."""
         for member in self._directory.infolist():
@@ -69,6 +72,10 @@ class Wheel:
         while above and above not in self.folders:
             self.folders.add(above)
             above = above.rpartition("/")[0]
+        data, _, below = name.partition("/")
+        root = f"{data}/{below.partition('/')[0]}/"
+        if data.endswith(".data") and root.endswith(_INSTALLED_BESIDE) and root not in self.roots:
+            self.roots.append(root)
         if base == "WHEEL" and folder.endswith(".dist-info") and "/" not in folder:
             self.info = name
         elif base.endswith(_FOREIGN_SUFFIXES):
@@ -79,12 +86,16 @@ class Wheel:
     def describe(self) -> str:
         """Say what the wheel was built for, and what this interpreter is."""
         try:
-            lines = b"".join(self._read(self.info)).decode("utf-8", "replace").splitlines()
+            lines = self.read(self.info).decode("utf-8", "replace").splitlines()
         except UNREADABLE as error:
             return f"what the wheel is for cannot be read: {error}"
         tags = ", ".join(line.partition(":")[2].strip() for line in lines if line.lower().startswith("tag:"))
         here = f"{sys.implementation.cache_tag} on {sys.platform} {os.uname().machine}"
         return f"the wheel is for {tags or 'no platform that it names'}, this is {here}"
+
+    def read(self, member: str) -> bytes:
+        """Give a member's bytes; raises one of UNREADABLE."""
+        return b"".join(self._read(member))
 
     def _read(self, member: str) -> Iterator[bytes]:
         """Decompress a member; raises one of UNREADABLE, at the end if length or CRC-32 are wrong."""

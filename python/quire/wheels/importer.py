@@ -6,9 +6,11 @@ import contextlib
 import zipimport
 import zlib
 from importlib.machinery import EXTENSION_SUFFIXES, ExtensionFileLoader, ModuleSpec
+from importlib.util import decode_source
 from typing import TYPE_CHECKING, Any
 
-from quire.wheels.archive import open_wheel
+from quire.wheels.archive import UNREADABLE, open_wheel
+from quire.wheels.compiled import code_of
 from quire.wheels.objects import prepared
 
 if TYPE_CHECKING:
@@ -95,7 +97,11 @@ class WheelImporter(zipimport.zipimporter):
         self.wheel = open_wheel(self.archive)
         """The wheel's directory. Not public."""
 
-    def find_spec(self, fullname: str, target: ModuleType | None = None) -> ModuleSpec | None:
+    def find_spec(
+        self,
+        fullname: str,
+        target: ModuleType | None = None,  # noqa: ARG002 - what is loaded again is found like anything else
+    ) -> ModuleSpec | None:
         """Find a module: packages before modules, extension modules before those in Python, as in folders.
 
         Args:
@@ -105,32 +111,55 @@ class WheelImporter(zipimport.zipimporter):
         Returns:
             How to load it; None if it is not here.
         """
-        stem = self.prefix + fullname.rpartition(".")[2]
-        if (member := self._extension(f"{stem}/__init__")) is not None:
-            return self._extension_spec(fullname, member, f"{self.archive}/{stem}")
-        if not self._is_python_package(stem) and (member := self._extension(stem)) is not None:
-            return self._extension_spec(fullname, member)
-        if any(stem + suffix in self.wheel.ignored for suffix in _PYTHON_SUFFIXES):
-            return None
-        with self._reading():
-            spec = super().find_spec(fullname, target)
-        if spec is None and (member := self.wheel.foreign.get(stem)) is not None:
-            return self._extension_spec(fullname, member)
-        if spec is None and stem in self.wheel.folders:
-            # zipimport sees folders only that have an entry of their own.
-            spec = ModuleSpec(fullname, None, is_package=True)
-            spec.submodule_search_locations = [f"{self.archive}/{stem}"]
-        return spec
+        for stem in self._stems(fullname):
+            if (member := self._extension(f"{stem}/__init__")) is not None:
+                return self._spec(WheelExtensionLoader(fullname, self, member), fullname, member, stem)
+            if not self._is_python_package(stem) and (member := self._extension(stem)) is not None:
+                return self._spec(WheelExtensionLoader(fullname, self, member), fullname, member)
+            if any(stem + suffix in self.wheel.ignored for suffix in _PYTHON_SUFFIXES):
+                continue
+            if (member := self._python(stem)) is not None:
+                folder = stem if _is_init(member) else None
+                return self._spec(self, fullname, member, folder)
+            if (member := self.wheel.foreign.get(stem)) is not None:
+                return self._spec(WheelExtensionLoader(fullname, self, member), fullname, member)
+            if stem in self.wheel.folders:
+                spec = ModuleSpec(fullname, None, is_package=True)
+                spec.submodule_search_locations = [f"{self.archive}/{stem}"]
+                return spec
+        return None
 
     def get_code(self, fullname: str) -> CodeType:
-        """Compile a module. Raises ImportError if it is damaged or not here."""
+        """Compile a module, or take what was compiled. Raises ImportError if it is damaged or not here."""
+        member = self._member(fullname)
+        if member.endswith(".py"):
+            try:
+                return code_of(self.wheel, member)
+            except UNREADABLE as error:
+                path = f"{self.archive}/{member}"
+                raise ImportError(f"{path}: cannot be read from the wheel: {error}", path=path) from error
         with self._reading():
             return super().get_code(fullname)
 
+    def get_filename(self, fullname: str) -> str:
+        """Give the path of a module. Raises zipimport.ZipImportError if it is not here.
+
+        zipimport compiles the module to know its path.
+        """
+        return f"{self.archive}/{self._member(fullname)}"
+
+    def get_source(self, fullname: str) -> str | None:
+        """Give the source of a module, decoded as it says. Raises ImportError if it is damaged or not here."""
+        member = self._member(fullname)
+        if not member.endswith(".py"):
+            return None
+        with self._reading():
+            return decode_source(self.get_data(f"{self.archive}/{member}"))
+
     def is_package(self, fullname: str) -> bool:
         """Tell whether a module is a package. Raises zipimport.ZipImportError if it is not here."""
-        stem = self.prefix + fullname.rpartition(".")[2]
-        return self._extension(f"{stem}/__init__") is not None or super().is_package(fullname)
+        stems = self._stems(fullname)
+        return any(self._extension(f"{stem}/__init__") for stem in stems) or _is_init(self._member(fullname))
 
     def invalidate_caches(self) -> None:
         """Read the wheel's directory again if the file has changed."""
@@ -151,13 +180,33 @@ class WheelImporter(zipimport.zipimporter):
         members = self.wheel.members
         return next((stem + suffix for suffix in EXTENSION_SUFFIXES if stem + suffix in members), None)
 
+    def _python(self, stem: str) -> str | None:
+        members = self.wheel.members
+        return next((stem + suffix for suffix in _PYTHON_SUFFIXES if stem + suffix in members), None)
+
     def _is_python_package(self, stem: str) -> bool:
         return any(stem + suffix in self.wheel.members for suffix in _PYTHON_SUFFIXES[:2])
 
-    def _extension_spec(self, fullname: str, member: str, folder: str | None = None) -> ModuleSpec:
-        loader = WheelExtensionLoader(fullname, self, member)
-        spec = ModuleSpec(fullname, loader, origin=loader.path, is_package=folder is not None)
+    def _stems(self, fullname: str) -> list[str]:
+        """List the places of a module, without suffix: an installer would make one folder of several."""
+        name = fullname.rpartition(".")[2]
+        return [self.prefix + name, *(root + name for root in self.wheel.roots if not self.prefix)]
+
+    def _member(self, fullname: str) -> str:
+        """Find a module in Python."""
+        found = next(filter(None, map(self._python, self._stems(fullname))), None)
+        if found is None:
+            raise zipimport.ZipImportError(f"can't find module {fullname!r}", name=fullname)
+        return found
+
+    def _spec(self, loader: Any, fullname: str, member: str, folder: str | None = None) -> ModuleSpec:
+        origin = f"{self.archive}/{member}"
+        spec = ModuleSpec(fullname, loader, origin=origin, is_package=folder is not None)
         spec.has_location = True
         if folder is not None:
-            spec.submodule_search_locations = [folder]
+            spec.submodule_search_locations = [f"{self.archive}/{folder}"]
         return spec
+
+
+def _is_init(member: str) -> bool:
+    return member.rpartition("/")[2].startswith("__init__.py")
