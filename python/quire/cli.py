@@ -16,6 +16,7 @@ COMMANDS = {
     "doctor": "what this machine can do, what quire uses, what would enable more",
     "pack": "pack a file or an archive so that any part of it is decoded on its own",
     "unpack": "make a plain file, or an archive that any tool reads, of a packed one",
+    "run": "run a Python program with wheels on its path, nothing unpacked",
     "stat": "how an input would be paged, at what cost, and whether packing it helps",
     "fatelf": "make, take apart, check and run files that hold ELF files for several machines",
     "demo": "writer and reader processes share versions of real data; about a minute",
@@ -58,5 +59,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         status: int = args.run(args)
     except KeyboardInterrupt:
+        if getattr(args, "is_program", False):
+            # What was interrupted is the user's program: it ends as under Python itself.
+            raise
         return 130
     return status

@@ -18,15 +18,16 @@ and what does not.
 # ruff: noqa: PLC0415
 
 import sys
+from collections.abc import Callable
 
-__all__ = ["disable", "enable"]
+__all__ = ["Entry", "disable", "enable"]
 
 
 def enable() -> None:
     """Let ``sys.path`` have wheels: zip files with a ``*.dist-info/WHEEL``, whatever they are called.
 
     Idempotent. The finders of all entries of ``sys.path`` are forgotten, and made again when they are needed.
-    Processes that are spawned call it for themselves; forked ones inherit it.
+    Processes that are spawned call it for themselves, unless the path has an `Entry`; forked ones inherit it.
     """
     from quire.wheels.importer import WheelImporter
 
@@ -47,3 +48,22 @@ def disable() -> None:
         sys.path_hooks.remove(importer.WheelImporter)
         sys.path_importer_cache.clear()
         archive.forget()
+
+
+class Entry(str):
+    """A path for ``sys.path`` that takes ``enable`` along to processes that are spawned.
+
+    multiprocessing sends ``sys.path`` to the processes that it starts, and so do the engines built on it.
+    There these entries call ``enable`` when they arrive, before the main module is imported. quire must be
+    installed where the new process finds it.
+    """
+
+    __slots__ = ()
+
+    def __reduce__(self) -> tuple[Callable[[str], "Entry"], tuple[str]]:
+        return _arrived, (str(self),)
+
+
+def _arrived(path: str) -> Entry:
+    enable()
+    return Entry(path)

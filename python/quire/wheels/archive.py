@@ -55,7 +55,7 @@ class Wheel:
         self.foreign: dict[str, str] = {}
         """Extension modules that this interpreter does not take: path without suffix, and name."""
         self.roots: list[str] = []
-        """``*.data/purelib/`` and ``*.data/platlib/``: an installer puts what is in them beside the packages."""
+        """``*.data/purelib/``, ``*.data/platlib/``: installers put what is in them beside the packages."""
         self.info = ""
         """Name of the member that makes a zip file a wheel; empty if there is none."""
         for member in self._directory.infolist():

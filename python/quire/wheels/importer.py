@@ -149,7 +149,7 @@ class WheelImporter(zipimport.zipimporter):
         return f"{self.archive}/{self._member(fullname)}"
 
     def get_source(self, fullname: str) -> str | None:
-        """Give the source of a module, decoded as it says. Raises ImportError if it is damaged or not here."""
+        """Give a module's source, decoded as it says. Raises ImportError if it is damaged or not here."""
         member = self._member(fullname)
         if not member.endswith(".py"):
             return None
