@@ -13,7 +13,7 @@ import quire
 CONSTANTS = {"PAGE_SIZE": "quire._native", "__version__": "quire"}
 PUBLIC = sorted(set(quire.__all__) - set(CONSTANTS))
 # Packages whose names are public as those of a module are; their own modules are private to them.
-PACKAGES = {"process"}
+PACKAGES = {"process", "space"}
 MODULES = sorted(
     module.name
     for module in pkgutil.iter_modules(quire.__path__)

@@ -18,7 +18,7 @@ LAYERS = [
     {"live", "segment", "sources"},
     {"functions"},
     {"packing", "region", "remote", "wheels"},
-    {"image", "process", "wire"},
+    {"image", "process", "space", "wire"},
     {"__init__"},
     {"costs"},
     {"commands"},

@@ -44,12 +44,14 @@ if TYPE_CHECKING:
         ZstdSource,
         open_source,
     )
+    from quire.space import AddressSpace
     from quire.wire import Channel, recv, send
 
     __version__: str
 
 __all__ = [
     "PAGE_SIZE",
+    "AddressSpace",
     "BytesSource",
     "Channel",
     "Conflict",
@@ -108,6 +110,7 @@ _LATER = {
         "ZstdSource",
         "open_source",
     ),
+    "space": ("AddressSpace",),
     "wire": ("Channel", "recv", "send"),
 }
 _HOMES = {name: module for module, names in _LATER.items() for name in names}
