@@ -18,9 +18,8 @@ PAGE = quire.PAGE_SIZE
 
 def line_of(vma: quire.process.VMA) -> bytes:
     """The line of maps that a VMA was read from, if its name has no newline."""
-    major, minor = vma.device
     where = f"{vma.start:08x}-{vma.end:08x} {vma.protection} {vma.offset:08x}"
-    head = f"{where} {major:02x}:{minor:02x} {vma.inode} "
+    head = f"{where} {vma.major:02x}:{vma.minor:02x} {vma.inode} "
     return (head.encode().ljust(73) + vma.name).rstrip() if vma.name else head.encode().rstrip()
 
 
@@ -55,7 +54,7 @@ def test_all_keys_of_the_kernel_are_kept() -> None:
             first = file.read().split(b"\n")
     keys = [line.partition(b":")[0].decode() for line in first[1:] if line[:1].isupper()]
     count = len(found[0].counters) + len(found[0].texts)
-    assert keys[:count] == [*found[0].details.keys, *found[0].texts]
+    assert keys[:count] == [*found[0].keys, *dict(found[0].texts)]
     assert found[0].flags[:1] == ("rd",)
 
 

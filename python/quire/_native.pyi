@@ -343,3 +343,29 @@ def program_source(
 
 def zygote_source(control: int, *, size: int, parallel: int, timeout: float, fetches: bool) -> Source:
     """A source served by workers that the process at the other end of ``control`` forks; it is duplicated."""
+
+def parse_maps(
+    text: bytes,
+) -> tuple[
+    list[
+        tuple[
+            int,
+            int,
+            str,
+            int,
+            int,
+            int,
+            int,
+            bytes,
+            tuple[str, ...],
+            tuple[int, ...],
+            tuple[tuple[str, bytes], ...],
+        ]
+    ],
+    list[bytes],
+]:
+    """Parse ``/proc/PID/maps`` or ``smaps``, without the GIL: (rows, lines that were not understood).
+
+    A row is (start, end, protection, offset, major, minor, inode, name as it stands there, names of figures, figures
+    with sizes in bytes, lines that are no figures as pairs of name and value).
+    """

@@ -15,6 +15,7 @@ pub mod live;
 pub mod mapping;
 pub mod pack;
 pub mod pages;
+pub mod procmaps;
 pub mod publish;
 pub mod purgeable;
 pub mod region;

@@ -8,6 +8,7 @@ mod live;
 mod mapping;
 mod pack;
 mod probe;
+mod procmaps;
 mod purgeable;
 mod region;
 mod remote;
@@ -39,6 +40,7 @@ fn _native(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add_class::<region::Region>()?;
     module.add_function(wrap_pyfunction!(region::region_file, module)?)?;
     module.add_function(wrap_pyfunction!(probe::probe, module)?)?;
+    module.add_function(wrap_pyfunction!(procmaps::parse_maps, module)?)?;
     module.add_function(wrap_pyfunction!(remote::program_source, module)?)?;
     module.add_function(wrap_pyfunction!(remote::zygote_source, module)?)?;
     Ok(())

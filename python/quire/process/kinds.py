@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import bisect
 import enum
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Final, NamedTuple
+
+from quire.process.parsing import END, NAME, START
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Sequence
 
-    from quire.process.parsing import Header
+    from quire.process.parsing import Row
 
 __all__ = ["Kind", "Total", "classify"]
 
@@ -71,16 +74,20 @@ _SHARED_MEMORY = (
     b"anon_inode:",
 )
 _QUIRE = (b"/memfd:quire-", b"/memfd:quire:")
+_PROTECTION: Final = 2
+_MAJOR: Final = 4
+_MINOR: Final = 5
+_INODE: Final = 6
 _ARENA_BYTES = 64 << 20
 """glibc aligns arenas to this and reserves as much for each (HEAP_MAX_SIZE where long has 64 bits)."""
 _MOST_GUARD_BYTES = 64 << 10
 
 
-def classify(headers: Sequence[Header], stack_pointers: Collection[int] = (), threads: int = 1) -> list[Kind]:
+def classify(rows: Sequence[Row], stack_pointers: Collection[int] = (), threads: int = 1) -> list[Kind]:
     """Tell the kind of each VMA.
 
     Args:
-        headers: All VMAs of a process, ascending.
+        rows: All VMAs of a process, ascending.
         stack_pointers: Where stacks of threads are known to be.
         threads: How many threads the process has.
 
@@ -88,38 +95,45 @@ def classify(headers: Sequence[Header], stack_pointers: Collection[int] = (), th
         A kind for each VMA. Where two would do, the more special one.
     """
     programs = {
-        (header.major, header.minor, header.inode)
-        for header in headers
-        if header.inode and header.protection[2] == "x" and not header.name.startswith(_SHARED_MEMORY)
+        (row[_MAJOR], row[_MINOR], row[_INODE])
+        for row in rows
+        if row[_INODE] and row[_PROTECTION][2] == "x" and not row[NAME].startswith(_SHARED_MEMORY)
     }
-    kinds = []
     pointers = sorted(stack_pointers)
-    before: Header | None = None
-    for place, header in enumerate(headers):
-        after = headers[place + 1] if place + 1 < len(headers) else None
-        kind = _by_name(header, programs)
-        if kind is None and header.protection.startswith("---"):
-            kind = Kind.RESERVED
-        if kind is None and _has_any(pointers, header):
-            kind = Kind.STACK
-        if kind is None and threads > 1 and _has_guard(before, header):
-            kind = Kind.STACK
-        if kind is None and _is_arena(header, after):
-            kind = Kind.HEAP
-        kinds.append(kind or Kind.PRIVATE)
-        before = header
+    # Many VMAs have the same file, or none: what the name alone decides is decided once.
+    known: dict[tuple[bytes, int, int, int, str], Kind | None] = {}
+    kinds = []
+    for place, (start, end, protection, _, major, minor, inode, name, *_) in enumerate(rows):
+        if name or inode or protection[3] == "s" or protection.startswith("---"):
+            key = (name, major, minor, inode, protection)
+            if key not in known:
+                known[key] = _by_name(name, inode, protection, program=(major, minor, inode) in programs)
+            kind = known[key]
+        else:
+            kind = None
+        if kind is None:
+            if pointers and _is_any_within(pointers, start, end):
+                kind = Kind.STACK
+            elif protection[:2] != "rw":
+                kind = Kind.PRIVATE
+            elif threads > 1 and place and _is_guard(rows[place - 1], start):
+                kind = Kind.STACK
+            elif not start % _ARENA_BYTES and _arena_end(rows, place) == start + _ARENA_BYTES:
+                kind = Kind.HEAP
+            else:
+                kind = Kind.PRIVATE
+        kinds.append(kind)
     return kinds
 
 
-def _by_name(header: Header, programs: set[tuple[int, int, int]]) -> Kind | None:
-    """Tell the kind as far as name, file and sharing alone decide."""
-    name = header.name
+def _by_name(name: bytes, inode: int, protection: str, program: bool) -> Kind | None:
+    """Tell the kind as far as one VMA alone decides."""
     if name.startswith(_QUIRE):
         return Kind.QUIRE
     if name.startswith(_SHARED_MEMORY):
         return Kind.SHAREABLE
-    if header.inode:
-        program = (header.major, header.minor, header.inode) in programs
+    if inode or name.startswith(b"/"):
+        # Some file systems number no inodes.
         return Kind.IMAGE if program else Kind.MAPPED_FILE
     if name in _KERNEL_NAMES:
         return Kind.KERNEL
@@ -127,35 +141,31 @@ def _by_name(header: Header, programs: set[tuple[int, int, int]]) -> Kind | None
         return Kind.HEAP
     if name.startswith((b"[stack", b"[anon: glibc: pthread stack", b"[anon:stack_and_tls")):
         return Kind.STACK
-    if name.startswith(b"/"):
-        # Files of systems that number no inodes.
-        return Kind.MAPPED_FILE
-    if header.protection[3] == "s":
+    if protection[3] == "s":
         return Kind.SHAREABLE
-    return None
+    return Kind.RESERVED if protection.startswith("---") else None
 
 
-def _has_any(ascending: list[int], header: Header) -> bool:
-    return any(header.start <= pointer < header.end for pointer in ascending)
+def _is_any_within(ascending: list[int], start: int, end: int) -> bool:
+    place = bisect.bisect_left(ascending, start)
+    return place < len(ascending) and ascending[place] < end
 
 
-def _has_guard(before: Header | None, header: Header) -> bool:
-    """Tell whether a small inaccessible VMA ends where this private memory begins, as pthreads has it."""
+def _is_guard(row: Row, end: int) -> bool:
+    """Tell whether a VMA is what pthreads has below a stack: small, private, inaccessible."""
     return (
-        before is not None
-        and before.end == header.start
-        and before.protection == "---p"
-        and not before.inode
-        and before.end - before.start <= _MOST_GUARD_BYTES
-        and header.protection[:2] == "rw"
+        row[END] == end
+        and row[_PROTECTION] == "---p"
+        and not row[_INODE]
+        and end - row[START] <= _MOST_GUARD_BYTES
     )
 
 
-def _is_arena(header: Header, after: Header | None) -> bool:
-    """Tell whether memory and the reservation behind it make up exactly one aligned arena of glibc."""
-    if header.start % _ARENA_BYTES or header.protection != "rw-p":
-        return False
-    end = (
-        header.end if after is None or after.start != header.end or after.protection != "---p" else after.end
-    )
-    return end - header.start == _ARENA_BYTES
+def _arena_end(rows: Sequence[Row], place: int) -> int:
+    """Tell where a VMA ends together with a reservation behind it: these two make an arena of glibc."""
+    end = rows[place][END]
+    if place + 1 < len(rows):
+        after = rows[place + 1]
+        if after[START] == end and after[_PROTECTION] == "---p" and not after[_INODE]:
+            return after[END]
+    return end

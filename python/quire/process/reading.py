@@ -11,12 +11,14 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple, overload
 
 from quire.process import parsing
 from quire.process.kinds import Kind, Total, classify
+from quire.process.parsing import END, NAME, START
 from quire.process.procfs import Folder
 from quire.process.vma import VMA
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
+    from quire.process.parsing import Row
     from quire.process.procfs import Identity
 
 __all__ = ["Detail", "Maps", "Process", "maps"]
@@ -202,12 +204,7 @@ def _read(folder: Folder, detail: Detail, last: bool) -> Maps | None:
     process = Process(
         before.pid, before.command, before.start_ticks, before.threads, time.time(), time.monotonic()
     )
-    text = folder.read(detail)
-    if detail == "smaps":
-        headers, details = parsing.parse_smaps(text, problems)
-    else:
-        headers = parsing.parse_maps(text, problems)
-        details = [parsing.NO_DETAILS] * len(headers)
+    rows = parsing.parse(folder.read(detail), problems)
     page_tables, pointers = None, []
     try:
         page_tables = folder.status_bytes().get("VmPTE")
@@ -216,7 +213,7 @@ def _read(folder: Folder, detail: Detail, last: bool) -> Maps | None:
         after: Identity | None = folder.identity()
     except ProcessLookupError:
         after = None
-    if not headers:
+    if not rows:
         problems.append(_why_empty(before.pid, before, after))
     elif after is None or after.state in "ZX":
         problems.append(f"process {before.pid} ended while it was read")
@@ -224,15 +221,11 @@ def _read(folder: Folder, detail: Detail, last: bool) -> Maps | None:
         if not last:
             return None
         problems.append(f"process {before.pid} called execve while it was read")
-    headers, details = _once(headers, details, problems)
-    headers = [_with_exact_name(folder, header, problems) for header in headers]
-    kinds = classify(headers, pointers, before.threads)
-    vmas = [
-        VMA(start, end, protection, offset, (major, minor), inode, name, kind, told)
-        for (start, end, protection, offset, major, minor, inode, name), kind, told in zip(
-            headers, kinds, details, strict=True
-        )
-    ]
+    rows = parsing.without_repeats(rows, problems)
+    if any(b"\\012" in name for name in {row[NAME] for row in rows}):
+        rows = [_with_exact_name(folder, row, problems) for row in rows]
+    kinds = classify(rows, pointers, before.threads)
+    vmas = [VMA._make((*row, kind)) for row, kind in zip(rows, kinds, strict=True)]
     return Maps(process, detail, vmas, problems, page_tables)
 
 
@@ -264,36 +257,14 @@ def _stack_pointers(folder: Folder, problems: list[str]) -> list[int]:
     return found
 
 
-def _once(
-    headers: list[parsing.Header], details: list[parsing.Details], problems: list[str]
-) -> tuple[list[parsing.Header], list[parsing.Details]]:
-    """Drop VMAs that were read again after they had changed; keep what was read last."""
-    kept: list[parsing.Header] = []
-    told: list[parsing.Details] = []
-    changed = 0
-    for header, detail in zip(headers, details, strict=True):
-        while kept and kept[-1].start >= header.start:
-            kept.pop()
-            told.pop()
-            changed += 1
-        if kept and kept[-1].end > header.start:
-            # The rest of the older one may still be there. Its figures stay those of the whole.
-            kept[-1] = kept[-1]._replace(end=header.start)
-            changed += 1
-        kept.append(header)
-        told.append(detail)
-    if changed:
-        problems.append(f"{changed} VMAs changed while they were read; they are given as they were read last")
-    return kept, told
-
-
-def _with_exact_name(folder: Folder, header: parsing.Header, problems: list[str]) -> parsing.Header:
+def _with_exact_name(folder: Folder, row: Row, problems: list[str]) -> Row:
     """Undo the kernel's escape of newlines, which looks the same as a name that holds a backslash and 012."""
-    if b"\\012" not in header.name:
-        return header
+    if b"\\012" not in row[NAME]:
+        return row
     try:
-        name = folder.readlink(f"map_files/{header.start:x}-{header.end:x}")
+        name = folder.readlink(f"map_files/{row[START]:x}-{row[END]:x}")
     except OSError as error:
         problems.append(f"a name is as the kernel writes it, with newlines as \\012, because {error}")
-        return header
-    return header._replace(name=name)
+        return row
+    fields: Row = (*row[:NAME], name, *row[NAME + 1 :])  # type: ignore[assignment]
+    return fields

@@ -5,8 +5,6 @@ from __future__ import annotations
 import os
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from quire.process.parsing import Details
-
 if TYPE_CHECKING:
     from quire.process.kinds import Kind
 
@@ -23,28 +21,40 @@ class VMA(NamedTuple):
         end: The address after the last one.
         protection: Four characters: ``r``, ``w``, ``x`` or ``-`` each, then ``p`` private or ``s`` shared.
         offset: Where in the file ``start`` lies, in bytes.
-        device: Major and minor number of the file's device.
+        major: Of the number of the file's device.
+        minor: Of the number of the file's device.
         inode: The file's number; 0 if there is none.
         name: What the kernel calls it, byte for byte: a path, ``[heap]``, ``[anon:…]``, nothing. It ends in
             `` (deleted)`` if the file has lost its name.
+        keys: Names of the figures of ``smaps``, in the kernel's order; empty where only ``maps`` was read.
+        figures: The figures, sizes in bytes.
+        texts: Lines of ``smaps`` that are no figures, as pairs of name and text: ``VmFlags``, and what later
+            kernels may add.
         kind: What it is for.
-        details: What ``smaps`` tells; empty where only ``maps`` was read.
     """
 
     start: int
     end: int
     protection: str
     offset: int
-    device: tuple[int, int]
+    major: int
+    minor: int
     inode: int
     name: bytes
+    keys: tuple[str, ...]
+    figures: tuple[int, ...]
+    texts: tuple[tuple[str, bytes], ...]
     kind: Kind
-    details: Details
 
     @property
     def size(self) -> int:
         """Length in bytes."""
         return self.end - self.start
+
+    @property
+    def device(self) -> int:
+        """The file's device as ``os.stat`` has it in ``st_dev``."""
+        return os.makedev(self.major, self.minor)
 
     @property
     def is_private(self) -> bool:
@@ -75,22 +85,17 @@ class VMA(NamedTuple):
     @property
     def counters(self) -> dict[str, int]:
         """All figures of ``smaps`` by the kernel's names (``Rss``, ``Pss``…), sizes in bytes."""
-        return dict(zip(self.details.keys, self.details.figures, strict=True))
-
-    @property
-    def texts(self) -> dict[str, bytes]:
-        """The lines of ``smaps`` that are no figures, by their name."""
-        return dict(self.details.texts)
+        return dict(zip(self.keys, self.figures, strict=True))
 
     @property
     def flags(self) -> tuple[str, ...]:
         """``VmFlags``: two letters each, as in proc_pid_smaps(5); empty where ``smaps`` was not read."""
-        return tuple(self.texts.get("VmFlags", b"").decode("ascii", "backslashreplace").split())
+        return tuple(dict(self.texts).get("VmFlags", b"").decode("ascii", "backslashreplace").split())
 
     def counter(self, key: str) -> int | None:
         """Return one figure of ``smaps`` by the kernel's name; None if it was not told."""
         try:
-            return self.details.figures[self.details.keys.index(key)]
+            return self.figures[self.keys.index(key)]
         except ValueError:
             return None
 
@@ -166,9 +171,8 @@ class VMA(NamedTuple):
     @property
     def charged(self) -> int | None:
         """Bytes that count against the system's commit limit; None where ``VmFlags`` were not read."""
-        if "VmFlags" not in self.texts:
-            return None
-        return self.size if "ac" in self.flags else 0
+        flags = self.flags
+        return (self.size if "ac" in flags else 0) if flags else None
 
     def as_dict(self) -> dict[str, Any]:
         """Return all of it as plain numbers, strings, lists and dicts, for JSON."""
@@ -177,7 +181,7 @@ class VMA(NamedTuple):
             "end": self.end,
             "protection": self.protection,
             "offset": self.offset,
-            "device": list(self.device),
+            "device": [self.major, self.minor],
             "inode": self.inode,
             "name": os.fsdecode(self.name).encode("utf-8", "backslashreplace").decode(),
             "kind": str(self.kind),
@@ -187,7 +191,6 @@ class VMA(NamedTuple):
 
     def __str__(self) -> str:
         """Show it as a line of ``maps``."""
-        major, minor = self.device
         where = f"{self.start:08x}-{self.end:08x} {self.protection} {self.offset:08x}"
-        head = f"{where} {major:02x}:{minor:02x} {self.inode}"
+        head = f"{where} {self.major:02x}:{self.minor:02x} {self.inode}"
         return f"{head:<72} {self.label}".rstrip()
