@@ -358,7 +358,7 @@ def parse_maps(
             int,
             bytes,
             tuple[str, ...],
-            tuple[int, ...],
+            bytes,
             tuple[tuple[str, bytes], ...],
         ]
     ],
@@ -366,6 +366,6 @@ def parse_maps(
 ]:
     """Parse ``/proc/PID/maps`` or ``smaps``, without the GIL: (rows, lines that were not understood).
 
-    A row is (start, end, protection, offset, major, minor, inode, name as it stands there, names of figures, figures
-    with sizes in bytes, lines that are no figures as pairs of name and value).
+    A row is (start, end, protection, offset, major, minor, inode, name as it stands there, names of figures, the
+    figures as native-endian u64 with sizes in bytes, lines that are no figures as pairs of name and value).
     """

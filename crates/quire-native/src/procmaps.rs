@@ -1,6 +1,7 @@
 //! `_native.parse_maps`: the text of `/proc/PID/maps` and `smaps` as tuples.
 
 use std::collections::HashMap;
+use std::collections::hash_map::Entry;
 use std::ops::Range;
 
 use pyo3::prelude::*;
@@ -22,6 +23,8 @@ pub fn parse_maps<'py>(text: &Bound<'py, PyBytes>) -> PyResult<(Vec<Bound<'py, P
     let mut protections: HashMap<[u8; 4], Bound<'py, PyString>> = HashMap::new();
     let mut names: HashMap<&[u8], Bound<'py, PyBytes>> = HashMap::new();
     let mut texts: HashMap<Vec<(&[u8], &[u8])>, Bound<'py, PyTuple>> = HashMap::new();
+    // Packed: twenty-odd numbers a VMA would take longer to make than all the rest.
+    let figures: Vec<u8> = parsed.figures.iter().flat_map(|figure| figure.to_ne_bytes()).collect();
     let mut rows = Vec::with_capacity(parsed.vmas.len());
     for vma in &parsed.vmas {
         let protection = protections
@@ -30,10 +33,13 @@ pub fn parse_maps<'py>(text: &Bound<'py, PyBytes>) -> PyResult<(Vec<Bound<'py, P
         let name = names.entry(at(&vma.name)).or_insert_with(|| PyBytes::new(py, at(&vma.name)));
         let ranges = &parsed.texts[vma.texts.clone()];
         let key: Vec<_> = ranges.iter().map(|(name, value)| (at(name), at(value))).collect();
-        if !texts.contains_key(&key) {
-            let pairs = ranges.iter().map(|(name, value)| (string(name), PyBytes::new(py, at(value))));
-            texts.insert(key.clone(), PyTuple::new(py, pairs.collect::<Vec<_>>())?);
-        }
+        let texts = match texts.entry(key) {
+            Entry::Occupied(entry) => entry.into_mut(),
+            Entry::Vacant(entry) => {
+                let pairs = ranges.iter().map(|(name, value)| (string(name), PyBytes::new(py, at(value))));
+                entry.insert(PyTuple::new(py, pairs.collect::<Vec<_>>())?)
+            }
+        };
         let row = (
             vma.start,
             vma.end,
@@ -44,8 +50,8 @@ pub fn parse_maps<'py>(text: &Bound<'py, PyBytes>) -> PyResult<(Vec<Bound<'py, P
             vma.inode,
             &*name,
             &shapes[vma.shape],
-            PyTuple::new(py, &parsed.figures[vma.figures.clone()])?,
-            &texts[&key],
+            PyBytes::new(py, &figures[8 * vma.figures.start..8 * vma.figures.end]),
+            &*texts,
         );
         rows.push(row.into_pyobject(py)?);
     }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import bisect
 import enum
+from operator import itemgetter
 from typing import TYPE_CHECKING, Final, NamedTuple
 
 from quire.process.parsing import END, NAME, START
@@ -78,6 +79,10 @@ _PROTECTION: Final = 2
 _MAJOR: Final = 4
 _MINOR: Final = 5
 _INODE: Final = 6
+_ESSENCE = itemgetter(_PROTECTION, _INODE, NAME)
+_PRIVATE_ACCESSIBLE = frozenset(
+    f"{r}{w}{x}p" for r in "r-" for w in "w-" for x in "x-" if f"{r}{w}{x}" != "---"
+)
 _ARENA_BYTES = 64 << 20
 """glibc aligns arenas to this and reserves as much for each (HEAP_MAX_SIZE where long has 64 bits)."""
 _MOST_GUARD_BYTES = 64 << 10
@@ -99,34 +104,34 @@ def classify(rows: Sequence[Row], stack_pointers: Collection[int] = (), threads:
         for row in rows
         if row[_INODE] and row[_PROTECTION][2] == "x" and not row[NAME].startswith(_SHARED_MEMORY)
     }
+    # Where there are many VMAs, nearly all are private memory without a name: only the others are looked at.
+    kinds = [Kind.PRIVATE] * len(rows)
+    special = [
+        place
+        for place, (protection, inode, name) in enumerate(map(_ESSENCE, rows))
+        if name or inode or protection not in _PRIVATE_ACCESSIBLE
+    ]
+    for place in special:
+        row = rows[place]
+        program = (row[_MAJOR], row[_MINOR], row[_INODE]) in programs
+        kinds[place] = _by_name(row[NAME], row[_INODE], row[_PROTECTION], program)
     pointers = sorted(stack_pointers)
-    # Many VMAs have the same file, or none: what the name alone decides is decided once.
-    known: dict[tuple[bytes, int, int, int, str], Kind | None] = {}
-    kinds = []
-    for place, (start, end, protection, _, major, minor, inode, name, *_) in enumerate(rows):
-        if name or inode or protection[3] == "s" or protection.startswith("---"):
-            key = (name, major, minor, inode, protection)
-            if key not in known:
-                known[key] = _by_name(name, inode, protection, program=(major, minor, inode) in programs)
-            kind = known[key]
-        else:
-            kind = None
-        if kind is None:
-            if pointers and _is_any_within(pointers, start, end):
-                kind = Kind.STACK
-            elif protection[:2] != "rw":
-                kind = Kind.PRIVATE
-            elif threads > 1 and place and _is_guard(rows[place - 1], start):
-                kind = Kind.STACK
-            elif not start % _ARENA_BYTES and _arena_end(rows, place) == start + _ARENA_BYTES:
-                kind = Kind.HEAP
-            else:
-                kind = Kind.PRIVATE
-        kinds.append(kind)
+    if threads > 1 or pointers:
+        for place, row in enumerate(rows):
+            if kinds[place] is Kind.PRIVATE and (
+                _is_any_within(pointers, row[START], row[END])
+                or (place and row[_PROTECTION][:2] == "rw" and _is_guard(rows[place - 1], row[START]))
+            ):
+                kinds[place] = Kind.STACK
+    aligned = [place for place, start in enumerate(map(itemgetter(START), rows)) if not start % _ARENA_BYTES]
+    for place in aligned:
+        whole = _arena_end(rows, place) == rows[place][START] + _ARENA_BYTES
+        if kinds[place] is Kind.PRIVATE and rows[place][_PROTECTION][:2] == "rw" and whole:
+            kinds[place] = Kind.HEAP
     return kinds
 
 
-def _by_name(name: bytes, inode: int, protection: str, program: bool) -> Kind | None:
+def _by_name(name: bytes, inode: int, protection: str, program: bool) -> Kind:
     """Tell the kind as far as one VMA alone decides."""
     if name.startswith(_QUIRE):
         return Kind.QUIRE
@@ -143,7 +148,7 @@ def _by_name(name: bytes, inode: int, protection: str, program: bool) -> Kind | 
         return Kind.STACK
     if protection[3] == "s":
         return Kind.SHAREABLE
-    return Kind.RESERVED if protection.startswith("---") else None
+    return Kind.RESERVED if protection.startswith("---") else Kind.PRIVATE
 
 
 def _is_any_within(ascending: list[int], start: int, end: int) -> bool:

@@ -9,9 +9,7 @@ from quire import _native
 
 __all__ = ["END", "NAME", "START", "Row", "parse", "without_repeats"]
 
-Row = tuple[
-    int, int, str, int, int, int, int, bytes, tuple[str, ...], tuple[int, ...], tuple[tuple[str, bytes], ...]
-]
+Row = tuple[int, int, str, int, int, int, int, bytes, tuple[str, ...], bytes, tuple[tuple[str, bytes], ...]]
 """One VMA as it stands there; the fields are those of `quire.process.VMA`, without the kind."""
 
 START: Final = 0

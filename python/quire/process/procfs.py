@@ -14,7 +14,8 @@ if TYPE_CHECKING:
 
 __all__ = ["Folder", "Identity"]
 
-_CHUNK_BYTES = 1 << 20
+_CHUNK_BYTES = 1 << 24
+"""Larger than nearly all files, which then need not be put together; what is not used is never touched."""
 _PF_KTHREAD = 0x0020_0000
 
 

@@ -9,6 +9,8 @@ import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, overload
 
+import numpy as np
+
 from quire.process import parsing
 from quire.process.kinds import Kind, Total, classify
 from quire.process.parsing import END, NAME, START
@@ -17,6 +19,8 @@ from quire.process.vma import VMA
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
+
+    from numpy.typing import NDArray
 
     from quire.process.parsing import Row
     from quire.process.procfs import Identity
@@ -106,6 +110,20 @@ class Maps(Sequence[VMA]):
         first = max(bisect.bisect_right(self._starts, start) - 1, 0)
         last = bisect.bisect_left(self._starts, end)
         return tuple(vma for vma in self._vmas[first:last] if vma.end > start)
+
+    def column(self, key: str) -> NDArray[np.int64]:
+        """Return one figure of ``smaps`` of all VMAs, by the kernel's name, such as ``Rss``.
+
+        Returns:
+            An array with a number for each VMA, sizes in bytes; -1 where it was not told.
+        """
+        values = np.full(len(self._vmas), -1, np.int64)
+        for keys in {vma.keys for vma in self._vmas}:
+            if key in keys:
+                places = [place for place, vma in enumerate(self._vmas) if vma.keys == keys]
+                packed = np.frombuffer(b"".join([self._vmas[place].figures for place in places]), np.uint64)
+                values[places] = packed.reshape(len(places), len(keys))[:, keys.index(key)]
+        return values
 
     def totals(self) -> dict[Kind, Total]:
         """Return the sums of each kind that there is, in the order of `Kind`.

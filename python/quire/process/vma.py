@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 if TYPE_CHECKING:
@@ -27,7 +28,8 @@ class VMA(NamedTuple):
         name: What the kernel calls it, byte for byte: a path, ``[heap]``, ``[anon:…]``, nothing. It ends in
             `` (deleted)`` if the file has lost its name.
         keys: Names of the figures of ``smaps``, in the kernel's order; empty where only ``maps`` was read.
-        figures: The figures, sizes in bytes.
+        figures: The figures, sizes in bytes, packed as native-endian numbers of 64 bits; `counters` and
+            `counter` give them as integers.
         texts: Lines of ``smaps`` that are no figures, as pairs of name and text: ``VmFlags``, and what later
             kernels may add.
         kind: What it is for.
@@ -42,7 +44,7 @@ class VMA(NamedTuple):
     inode: int
     name: bytes
     keys: tuple[str, ...]
-    figures: tuple[int, ...]
+    figures: bytes
     texts: tuple[tuple[str, bytes], ...]
     kind: Kind
 
@@ -85,7 +87,7 @@ class VMA(NamedTuple):
     @property
     def counters(self) -> dict[str, int]:
         """All figures of ``smaps`` by the kernel's names (``Rss``, ``Pss``…), sizes in bytes."""
-        return dict(zip(self.keys, self.figures, strict=True))
+        return dict(zip(self.keys, memoryview(self.figures).cast("Q"), strict=True))
 
     @property
     def flags(self) -> tuple[str, ...]:
@@ -95,9 +97,10 @@ class VMA(NamedTuple):
     def counter(self, key: str) -> int | None:
         """Return one figure of ``smaps`` by the kernel's name; None if it was not told."""
         try:
-            return self.figures[self.keys.index(key)]
+            at = 8 * self.keys.index(key)
         except ValueError:
             return None
+        return int.from_bytes(self.figures[at : at + 8], sys.byteorder)
 
     @property
     def resident(self) -> int | None:
