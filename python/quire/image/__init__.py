@@ -7,6 +7,7 @@ from quire.image.model import Eagerness, Image, Relocation, Section, Segment, Sl
 from quire.image.operations import MapFlags, Operation, Protection
 from quire.image.reading import read
 from quire.image.running import exec, spawn  # noqa: A004
+from quire.image.verdict import Verdict, why
 
 __all__ = [
     "Eagerness",
@@ -19,8 +20,10 @@ __all__ = [
     "Segment",
     "Slot",
     "Symbol",
+    "Verdict",
     "Version",
     "exec",
     "read",
     "spawn",
+    "why",
 ]

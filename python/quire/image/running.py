@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import contextlib
-import errno
 import os
 import subprocess
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from quire.errors import Unsupported
+from quire.errors import QuireError, Unsupported
 from quire.image import binfmt, fatelf, script
 from quire.image.content import copy_to_memory, opened
 from quire.image.machines import kernel_runs
@@ -20,13 +19,6 @@ if TYPE_CHECKING:
     from quire.image.content import Content
 
 __all__ = ["exec", "spawn"]
-
-_REASONS = {
-    errno.ENOEXEC: "it is for another machine, or in no format that the kernel runs",
-    errno.ENOENT: "there is no such program, or it names an interpreter that is not there",
-    errno.EACCES: "it, or its interpreter, may not be executed",
-    errno.ELOOP: "interpreters need interpreters, too many times",
-}
 
 
 def exec(  # noqa: A001 - what it is called everywhere
@@ -67,7 +59,7 @@ def exec(  # noqa: A001 - what it is called everywhere
             # With a descriptor this is execveat with an empty path.
             os.execve(program.fd, program.argv(argv), variables)  # noqa: S606
         except OSError as error:
-            raise _explained(error, program) from error
+            raise _explained(error, target, program) from error
 
 
 def spawn(
@@ -113,7 +105,7 @@ def spawn(
             # Another file than the program: the directory to change to.
             if error.filename not in (None, executable):
                 raise
-            raise _explained(error, program) from error
+            raise _explained(error, target, program) from error
 
 
 class _Program:
@@ -189,6 +181,13 @@ def _has_rule(head: bytes) -> bool:
     return binfmt.match(found, head, "/dev/fd/0") is not None
 
 
-def _explained(error: OSError, program: _Program) -> OSError:
-    reason = f"{error.strerror}: {_REASONS.get(error.errno or 0, 'the kernel does not execute it')}"
+def _explained(error: OSError, target: Content, program: _Program) -> OSError:
+    """Add to what the kernel said what is missing, as far as that can be told."""
+    from quire.image.verdict import why  # noqa: PLC0415 - only failures need it
+
+    try:
+        missing = why(target).missing
+    except (QuireError, OSError) as failure:
+        missing = [str(failure)]
+    reason = "; ".join([error.strerror or "execve failed", *missing])
     return OSError(error.errno, reason, program.name)

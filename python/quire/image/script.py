@@ -23,7 +23,8 @@ class Script(NamedTuple):
     """What a ``#!`` line says. Bytes, because that is what paths are."""
 
     interpreter: bytes
-    """Path of the program that is run; the current directory's if it is relative. It may be empty."""
+    """Path of the program that is run, from the current directory if it is relative. It may be empty, which
+    is that directory."""
     argument: bytes | None
     """The one argument, blanks inside of it included; None if there is none."""
 
