@@ -19,14 +19,21 @@ and what does not.
 
 import sys
 from collections.abc import Callable
+from contextlib import AbstractContextManager
+from os import PathLike
 
-__all__ = ["Entry", "disable", "enable"]
+__all__ = ["Entry", "as_file", "disable", "enable"]
 
 
-def enable() -> None:
+def enable(*, paths: bool = True) -> None:
     """Let ``sys.path`` have wheels: zip files with a ``*.dist-info/WHEEL``, whatever they are called.
 
     Idempotent. The finders of all entries of ``sys.path`` are forgotten, and made again when they are needed.
+
+    Args:
+        paths: Let paths lead into wheels, too, for code that opens files beside its modules: ``open`` and
+            functions of `os` and `ctypes` are replaced. ``docs/wheels.md`` has the list.
+
     Processes that are spawned call it for themselves, unless the path has an `Entry`; forked ones inherit it.
     """
     from quire.wheels.importer import WheelImporter
@@ -35,6 +42,10 @@ def enable() -> None:
         # Before the hook of zipimport, which takes any zip file.
         sys.path_hooks.insert(0, WheelImporter)
         sys.path_importer_cache.clear()
+    if paths:
+        from quire.wheels.paths import install
+
+        install()
 
 
 def disable() -> None:
@@ -42,8 +53,9 @@ def disable() -> None:
 
     Idempotent.
     """
-    from quire.wheels import archive, importer
+    from quire.wheels import archive, importer, paths
 
+    paths.uninstall()
     if importer.WheelImporter in sys.path_hooks:
         sys.path_hooks.remove(importer.WheelImporter)
         sys.path_importer_cache.clear()
@@ -67,3 +79,21 @@ class Entry(str):
 def _arrived(path: str) -> Entry:
     enable()
     return Entry(path)
+
+
+def as_file(path: str | PathLike[str]) -> AbstractContextManager[str]:
+    """Give a real path for a file of a wheel, for code that is not in Python, for use in a ``with`` block.
+
+    The file is extracted to sealed memory. The path is under ``/proc``, has no suffix, and is good for this
+    process and for others of this user, as long as this one lives and the block lasts. A path that leads into
+    no wheel is given as it is.
+
+    Args:
+        path: As it follows from a module's ``__file__``.
+
+    Raises:
+        OSError: On entry: there is no such file, or it cannot be read.
+    """
+    from quire.wheels import paths
+
+    return paths.as_file(path)

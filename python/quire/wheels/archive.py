@@ -19,7 +19,7 @@ from quire.sources import data_start, open_archive
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-__all__ = ["UNREADABLE", "Identity", "Wheel", "forget", "open_wheel"]
+__all__ = ["UNREADABLE", "Identity", "Wheel", "forget", "on_path", "open_wheel", "opened"]
 
 _CHUNK_BYTES = 1 << 20
 _MFD_NOEXEC_SEAL = 8
@@ -184,6 +184,22 @@ def open_wheel(archive: str) -> Wheel:
         raise ImportError(f"{archive} is no wheel: it has no *.dist-info/WHEEL", path=archive)
     _wheels[archive] = wheel
     return wheel
+
+
+def opened() -> list[Wheel]:
+    """List the wheels whose directories were read."""
+    return list(_wheels.values())
+
+
+def on_path() -> Iterator[Wheel]:
+    """List the wheels on ``sys.path``, in its order."""
+    for entry in sys.path:
+        if entry in _wheels or os.path.isfile(entry):
+            try:
+                yield open_wheel(entry)
+            except ImportError:
+                # A plain zip archive, or gone since.
+                continue
 
 
 def forget() -> None:

@@ -161,6 +161,18 @@ class WheelImporter(zipimport.zipimporter):
         stems = self._stems(fullname)
         return any(self._extension(f"{stem}/__init__") for stem in stems) or _is_init(self._member(fullname))
 
+    def get_resource_reader(self, fullname: str) -> Any:
+        """Give what `importlib.resources` reads from; None if the name is not that of a package here."""
+        try:
+            if not self.is_package(fullname):
+                return None
+        except zipimport.ZipImportError:
+            return None
+        # Takes longer to import than all that importing modules needs.
+        from quire.wheels.resources import Reader  # noqa: PLC0415
+
+        return Reader(self, fullname)
+
     def invalidate_caches(self) -> None:
         """Read the wheel's directory again if the file has changed."""
         super().invalidate_caches()

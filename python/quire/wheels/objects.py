@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from quire import _native
 from quire.errors import Malformed
-from quire.wheels.archive import UNREADABLE
+from quire.wheels.archive import UNREADABLE, on_path
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -49,6 +49,7 @@ def _is_loaded(name: str) -> bool:
 class _Needed(NamedTuple):
     """An object that is being loaded, and the one that needs it."""
 
+    wheel: Wheel
     member: str
     rpath: str | None
     parent: _Needed | None
@@ -64,9 +65,11 @@ class _Needed(NamedTuple):
             yield from _folders(this.member, this.rpath or "")
             this = this.parent
 
-    def includes(self, member: str) -> bool:
+    def includes(self, wheel: Wheel, member: str) -> bool:
         """Tell whether this object, or one that it is loaded for, is that member."""
-        return member == self.member or (self.parent is not None and self.parent.includes(member))
+        if (wheel, member) == (self.wheel, self.member):
+            return True
+        return self.parent is not None and self.parent.includes(wheel, member)
 
 
 def _folders(member: str, search: str) -> Iterator[str]:
@@ -111,21 +114,32 @@ def prepared(wheel: Wheel, member: str, parent: _Needed | None = None) -> Iterat
 
 def _load_needed(wheel: Wheel, member: str, linkage: _Linkage, parent: _Needed | None) -> None:
     _, needed, rpath, runpath = linkage
-    this = _Needed(member, rpath if runpath is None else None, parent)
+    this = _Needed(wheel, member, rpath if runpath is None else None, parent)
     folders = [*this.folders(runpath)]
     for library in needed:
         if "/" in library:
             continue
-        places = (posixpath.join(folder, library) for folder in folders)
-        found = next((place for place in places if place in wheel.members), None)
-        if found is None or this.includes(found):
+        found = _found(wheel, [posixpath.join(folder, library) for folder in folders])
+        if found is None or this.includes(*found):
             continue
         # Constructors of libraries run inside. The Python code of modules does not: it would wait for import
         # locks of threads that wait for this one.
         with _lock:
             # The dynamic linker, too, takes what is loaded before it looks into folders.
             if not _is_loaded(library):
-                _load_library(wheel, found, library, this)
+                _load_library(*found, library, this)
+
+
+def _found(wheel: Wheel, places: list[str]) -> tuple[Wheel, str] | None:
+    """Find a library as if all wheels on the path were unpacked to one folder, this one last."""
+    for place in places:
+        if place in wheel.members:
+            return wheel, place
+    for other in on_path() if places else ():
+        for place in places:
+            if place in other.members:
+                return other, place
+    return None
 
 
 def _load_library(wheel: Wheel, member: str, library: str, parent: _Needed) -> None:
@@ -134,7 +148,7 @@ def _load_library(wheel: Wheel, member: str, library: str, parent: _Needed) -> N
         try:
             ctypes.CDLL(path, os.RTLD_NOW | os.RTLD_LOCAL)
         except OSError as error:
-            needs = f"{wheel.archive}/{parent.member}"
+            needs = f"{parent.wheel.archive}/{parent.member}"
             text = str(error).replace(path, name)
             raise ImportError(f"{name}, which {needs} needs, cannot be loaded: {text}", path=name) from error
     if not _is_loaded(library):
