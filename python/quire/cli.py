@@ -19,6 +19,7 @@ COMMANDS = {
     "run": "run a Python program with wheels on its path, nothing unpacked",
     "stat": "how an input would be paged, at what cost, and whether packing it helps",
     "fatelf": "make, take apart, check and run files that hold ELF files for several machines",
+    "maps": "draw the address space of a process",
     "demo": "writer and reader processes share versions of real data; about a minute",
 }
 """Subcommands and their summaries. Each is a module of `quire.commands` with ``add_arguments(parser)`` and

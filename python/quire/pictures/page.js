@@ -166,17 +166,17 @@ function drawKinds() {
 
 const FIGURES = ["committed", "resident", "proportional", "dirty", "swapped"];
 const COLUMNS = [
-  { key: "address", title: "Address", width: "31ch", number: true, value: (row) => rows.start[row],
+  { key: "address", title: "Address", width: "31ch", value: (row) => rows.start[row],
     text: (row) => `${hex(rows.start[row])}-${hex(rows.end[row]).slice(2)}` },
-  { key: "size", title: "Size", width: "9ch", number: true, value: sizeOf, text: (row) => bytes(sizeOf(row)) },
+  { key: "size", title: "Size", width: "12ch", number: true, value: sizeOf, text: (row) => bytes(sizeOf(row)) },
   { key: "kind", title: "Kind", width: "17ch", value: (row) => rows.kind[row], text: (row) => kindOf(row).name },
-  { key: "protection", title: "Prot.", width: "8ch", value: (row) => data.protections[rows.protection[row]],
+  { key: "protection", title: "Prot.", width: "9ch", value: (row) => data.protections[rows.protection[row]],
     text: (row) => data.protections[rows.protection[row]] },
-  ...FIGURES.filter((key) => data.figures.includes(key)).map((key) => ({
-    key, title: key[0].toUpperCase() + key.slice(1), width: "14ch", number: true, value: (row) => rows[key][row] ?? -1,
-    text: (row) => bytes(rows[key][row]) })),
   { key: "change", title: "Change", width: "34ch", value: (row) => changeSize(row), text: () => "" },
-  { key: "name", title: "Name", width: "minmax(30ch, 1fr)", value: nameOf, text: nameOf },
+  ...FIGURES.filter((key) => key !== "committed" && data.figures.includes(key)).map((key) => ({
+    key, title: key[0].toUpperCase() + key.slice(1), width: key === "proportional" ? "16ch" : "13ch", number: true, value: (row) => rows[key][row] ?? -1,
+    text: (row) => bytes(rows[key][row]) })),
+  { key: "name", title: "Name", width: "minmax(44ch, 1fr)", value: nameOf, text: nameOf },
 ];
 let entries = [];
 let compared = { changed: new Map(), gone: [] };
@@ -251,7 +251,14 @@ function drawRow(at) {
     const cell = element("div", { role: "gridcell", "aria-colindex": String(number + 1), class: column.number ? "number" : "" });
     if (column.key === "kind") cell.append(painted(element("span", { class: "swatch", "aria-hidden": "true" }), kindOf(row)));
     const text = column.key === "change" ? (gone || before !== undefined ? changeText(row, before, gone) : "") : column.text(row);
-    cell.append(text);
+    if (column.key === "name") {
+      // Of a path too long for the column the file's own name stays in sight.
+      const base = text.lastIndexOf("/") + 1;
+      cell.append(element("span", {}, text.slice(0, base)), element("span", {}, text.slice(base)));
+      cell.classList.add("path");
+    } else {
+      cell.append(text);
+    }
     if (column.key === "name" || column.key === "change") cell.title = text;
     return cell;
   }));

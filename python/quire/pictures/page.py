@@ -138,7 +138,7 @@ def _data(picture: Picture) -> dict[str, Any]:
         "names": list(names.of),
         "protections": list(protections.of),
         "details": list(details.of),
-        "figures": [figure for figure in _FIGURES if any(each is not None for each in columns[figure])],
+        "figures": [figure for figure in _FIGURES if any(columns[figure])],
         "pages": {number: _cells(row.pages) for row, number in rows.of.items() if row.pages is not None},
         "samples": [
             {

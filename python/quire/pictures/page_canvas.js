@@ -159,6 +159,10 @@ function drawMarks(context, width, from, to) {
     context.lineTo(at + 5, up ? 10 : 1);
     context.lineTo(at, up ? 1 : 10);
     context.fill();
+    context.strokeStyle = color("ink");
+    context.lineWidth = 1;
+    context.closePath();
+    context.stroke();
   };
   for (const [start, end] of data.samples[state.sample].marks) {
     context.fillStyle = color("ink");

@@ -1,0 +1,93 @@
+"""Address spaces of real processes as data for `quire.pictures`."""
+
+from __future__ import annotations
+
+import time
+from typing import TYPE_CHECKING
+
+from quire.pictures.model import Picture, Row, Sample, Total
+from quire.process.kinds import Kind
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from quire.pictures.model import Pages
+    from quire.process.reading import Maps
+    from quire.process.vma import VMA
+
+__all__ = ["picture", "sample"]
+
+_FIGURES = {
+    "Unique": "unique",
+    "Referenced": "referenced",
+    "Anonymous": "anonymous",
+    "May be dropped": "lazyfree",
+    "Huge pages": "huge",
+    "Locked": "locked",
+}
+"""Figures that are told of a selected mapping, beyond those that have columns."""
+
+
+def picture(samples: Sequence[Maps], *, pages: Callable[[VMA], Pages | None] | None = None) -> Picture:
+    """Make a picture of what `quire.maps` read.
+
+    Args:
+        samples: Of one process, in the order in which they were read; at least one.
+        pages: Says which pages of a VMA of the last sample are in memory; None if it cannot. Not asked by
+            default.
+    """
+    first, last = samples[0], samples[-1]
+    command = last.process.command.decode("utf-8", "surrogateescape")
+    when = time.strftime("%Y-%m-%d %H:%M:%S %Z", time.localtime(first.process.time))
+    threads = f"{last.process.threads} thread{'' if last.process.threads == 1 else 's'}"
+    return Picture(
+        f"{command} ({last.pid})",
+        tuple(sample(each, first, pages if each is last else None) for each in samples),
+        f"process {last.pid}, {threads}, read {when}",
+    )
+
+
+def sample(maps: Maps, first: Maps, pages: Callable[[VMA], Pages | None] | None = None) -> Sample:
+    """Make one sample; its time counts from when the first was read."""
+    since = maps.process.monotonic - first.process.monotonic
+    return Sample(
+        f"{since:.2f} s",
+        tuple(_row(vma, pages) for vma in maps),
+        tuple(
+            Total(str(kind), 0, total.virtual, total.committed, total.resident or 0)
+            for kind, total in maps.totals().items()
+            if kind in (Kind.PAGE_TABLES, Kind.UNUSABLE)
+        ),
+        since,
+        "; ".join(maps.partial),
+    )
+
+
+def _row(vma: VMA, pages: Callable[[VMA], Pages | None] | None) -> Row:
+    details = []
+    if vma.inode:
+        major, minor = vma.device
+        details += [
+            ("Offset", f"{vma.offset:#x}"),
+            ("File", f"device {major:x}:{minor:x}, inode {vma.inode}"),
+        ]
+    for label, figure in _FIGURES.items():
+        if value := getattr(vma, figure):
+            details.append((label, f"{value:,} bytes"))
+    if vma.flags:
+        details.append(("VmFlags", " ".join(vma.flags)))
+    return Row(
+        vma.start,
+        vma.end,
+        str(vma.kind),
+        # As it is but for bytes that are no UTF-8, which drawers show as escapes.
+        vma.name.decode("utf-8", "surrogateescape"),
+        vma.protection,
+        vma.committed,
+        vma.resident,
+        vma.proportional,
+        vma.dirty,
+        vma.swapped,
+        tuple(details),
+        pages(vma) if pages is not None else None,
+    )
