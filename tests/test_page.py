@@ -32,12 +32,7 @@ ROWS = (
         0x7F0000000,
         8,
         name=HOSTILE,
-        pages=Pages.of(
-            [1, 1, 0, 0, 1, 0, 0, 0],
-            shared=[1, 0, 0, 0, 0, 0, 0, 0],
-            swapped=[0, 0, 1, 0, 0, 0, 0, 0],
-            written=[0, 1, 0, 0, 0, 0, 0, 0],
-        ),
+        pages=Pages.of(8, [0, 1, 4], shared=[0], swapped=[2], written=[1]),
     ),
     row(0x7F0000010, 1 << 18, "mapped file", "/data", resident=0),
     row(0x7FFFFFF00, 33, "stack", "[stack]"),

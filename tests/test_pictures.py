@@ -144,24 +144,25 @@ def test_unknown_kind_looks_the_same_always() -> None:
 
 
 def test_cells_of_few_pages_are_pages() -> None:
-    pages = Pages.of([True, False, True], shared=[True, False, False])
-    assert pages == Pages(1, b"\x0f\x00\x0f", b"\x0f\x00\x00")
+    assert Pages.of(3, [0, 2], shared=[0]) == Pages(1, b"\x0f\x00\x0f", b"\x0f\x00\x00")
 
 
 def test_cells_of_many_pages_lose_no_page() -> None:
-    there = np.zeros(CELLS * 5 + 3, dtype=bool)
-    there[[0, 9, len(there) - 1]] = True
-    there[16:24] = True
-    pages = Pages.of(there)
+    total = CELLS * 5 + 3
+    pages = Pages.of(total, [0, 9, *range(16, 24), total - 1])
     assert pages.pages_per_cell == 8
-    assert len(pages.resident) == -(-len(there) // 8) <= CELLS
+    assert len(pages.resident) == -(-total // 8) <= CELLS
     assert {n: level for n, level in enumerate(pages.resident) if level} == {
         0: 1, 1: 1, 2: 15, len(pages.resident) - 1: 5,
     }  # fmt: skip
 
 
 def test_no_pages() -> None:
-    assert Pages.of([]) == Pages(1, b"")
+    assert Pages.of(0, []) == Pages(1, b"")
+
+
+def test_a_reservation_of_terabytes_costs_nothing() -> None:
+    assert Pages.of(1 << 33, [1 << 32]).resident.count(1) == 1
 
 
 # Sums and changes

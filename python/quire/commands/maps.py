@@ -168,7 +168,7 @@ def _print_csv(samples: Sequence[Maps]) -> None:
     for number, sample in enumerate(samples):
         since = f"{sample.process.monotonic - samples[0].process.monotonic:.3f}"
         for vma in sample:
-            device = "{:x}:{:x}".format(*vma.device)
+            device = f"{vma.major:x}:{vma.minor:x}"
             where = (hex(vma.start), hex(vma.end), vma.size, vma.protection, vma.offset, device, vma.inode)
             lines.writerow(
                 (number, since, *where, *(getattr(vma, name) for name in _COLUMNS), printable(vma.name))

@@ -49,6 +49,7 @@ class Pages(NamedTuple):
     @classmethod
     def of(
         cls,
+        total: int,
         resident: ArrayLike,
         *,
         shared: ArrayLike | None = None,
@@ -56,26 +57,34 @@ class Pages(NamedTuple):
         written: ArrayLike | None = None,
         frames: Iterable[int | None] = (),
     ) -> Pages:
-        """Make cells of one truth value for each page."""
-        each = np.asarray(resident, dtype=bool)
+        """Make cells of page numbers, so that a reservation of terabytes costs no more than its pages.
+
+        Args:
+            total: Pages of the row.
+            resident: Numbers of those in memory, from 0.
+            shared: Of those that somebody else has too; None if that is not known, as below.
+            swapped: Of those that are swapped out.
+            written: Of those that were written.
+            frames: The number of each page's frame, or None; one for each page.
+        """
         per_cell = 1
-        while len(each) > per_cell * CELLS:
+        while total > per_cell * CELLS:
             per_cell *= 2
 
-        def cells(values: ArrayLike | None) -> bytes:
-            return b"" if values is None else _cells(np.asarray(values, dtype=bool), per_cell)
+        def cells(numbers: ArrayLike | None) -> bytes:
+            return b"" if numbers is None else _cells(np.asarray(numbers, dtype=np.int64), total, per_cell)
 
-        return cls(per_cell, cells(each), cells(shared), cells(swapped), cells(written), tuple(frames))
+        return cls(per_cell, cells(resident), cells(shared), cells(swapped), cells(written), tuple(frames))
 
 
-def _cells(pages: NDArray[np.bool_], per_cell: int) -> bytes:
-    if not len(pages):
+def _cells(numbers: NDArray[np.int64], total: int, per_cell: int) -> bytes:
+    count = -(-total // per_cell)
+    if not count:
         return b""
-    starts = np.arange(0, len(pages), per_cell)
-    counts = np.add.reduceat(pages, starts, dtype=np.int64)
-    sizes = np.minimum(per_cell, len(pages) - starts)
-    levels = counts * _FULL // sizes
-    levels = np.where(counts > 0, np.maximum(levels, 1), 0)
+    pages = np.bincount(numbers // per_cell, minlength=count)
+    sizes = np.full(count, per_cell)
+    sizes[-1] = total - (count - 1) * per_cell
+    levels = np.where(pages > 0, np.maximum(pages * _FULL // sizes, 1), 0)
     return levels.astype(np.uint8).tobytes()
 
 

@@ -6,6 +6,8 @@ import time
 from typing import TYPE_CHECKING
 
 from quire.pictures.model import Picture, Row, Sample, Total
+from quire.pictures.page import frame
+from quire.pictures.still import still
 from quire.process.kinds import Kind
 
 if TYPE_CHECKING:
@@ -15,7 +17,7 @@ if TYPE_CHECKING:
     from quire.process.reading import Maps
     from quire.process.vma import VMA
 
-__all__ = ["picture", "sample"]
+__all__ = ["bundle", "framed", "picture", "sample"]
 
 _FIGURES = {
     "Unique": "unique",
@@ -47,6 +49,16 @@ def picture(samples: Sequence[Maps], *, pages: Callable[[VMA], Pages | None] | N
     )
 
 
+def framed(maps: Maps) -> str:
+    """Draw the page of one sample in a frame, as notebooks show HTML."""
+    return frame(picture([maps]))
+
+
+def bundle(maps: Maps) -> dict[str, str]:
+    """Draw one sample in each form that a notebook may ask for."""
+    return {"text/plain": repr(maps), "text/html": framed(maps), "image/svg+xml": still(picture([maps]))}
+
+
 def sample(maps: Maps, first: Maps, pages: Callable[[VMA], Pages | None] | None = None) -> Sample:
     """Make one sample; its time counts from when the first was read."""
     since = maps.process.monotonic - first.process.monotonic
@@ -66,10 +78,9 @@ def sample(maps: Maps, first: Maps, pages: Callable[[VMA], Pages | None] | None 
 def _row(vma: VMA, pages: Callable[[VMA], Pages | None] | None) -> Row:
     details = []
     if vma.inode:
-        major, minor = vma.device
         details += [
             ("Offset", f"{vma.offset:#x}"),
-            ("File", f"device {major:x}:{minor:x}, inode {vma.inode}"),
+            ("File", f"device {vma.major:x}:{vma.minor:x}, inode {vma.inode}"),
         ]
     for label, figure in _FIGURES.items():
         if value := getattr(vma, figure):

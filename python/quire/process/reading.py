@@ -175,6 +175,18 @@ class Maps(Sequence[VMA]):
             "totals": {str(kind): total._asdict() for kind, total in self.totals().items()},
         }
 
+    def _repr_html_(self) -> str:
+        """Show the page of docs/maps.md in a notebook."""
+        from quire.process.picture import framed  # noqa: PLC0415 - drawing is for those who look
+
+        return framed(self)
+
+    def _repr_mimebundle_(self, **_: Any) -> dict[str, str]:
+        """Offer a notebook the page, a still picture for where scripts do not run, and a line of text."""
+        from quire.process.picture import bundle  # noqa: PLC0415
+
+        return bundle(self)
+
     def __repr__(self) -> str:
         """Show process and number of VMAs."""
         command = self.process.command.decode("utf-8", "backslashreplace")
