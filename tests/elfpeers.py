@@ -18,10 +18,10 @@ FOLDERS = ("/usr/bin", "/usr/sbin", "/usr/lib", "/usr/libexec", "/usr/local/lib"
 
 _SEGMENT = re.compile(r"^  (\S+) +((?:0x[0-9a-f]+ +){5})([R ][W ][E ]) +(0x[0-9a-f]+|0)$", re.MULTILINE)
 _SYMBOLS = re.compile(
-    r"^Symbol table '(\S+)' contains \d+ entr(?:y|ies):\n.*\n((?: +\d+: .*\n)*)", re.MULTILINE
+    r"^Symbol table '(\S+)' contains \d+ entr(?:y|ies):\n.*\n((?: *\d+: .*\n)*)", re.MULTILINE
 )
 _SYMBOL = re.compile(
-    r"^ +\d+: ([0-9a-f]+) +(0x[0-9a-f]+|\d+) (.{7}) (\S+) +(\S+) +(?:\[.*?\] +)?(\S+) ?(.*)$", re.MULTILINE
+    r"^ *\d+: ([0-9a-f]+) +(0x[0-9a-f]+|\d+) (.{7}) (\S+) +(\S+) +(?:\[.*?\] +)?(\S+) ?(.*)$", re.MULTILINE
 )
 _RELOCATION = re.compile(r"^([0-9a-f]{8,16})  ([0-9a-f]{8,16}) (\S+)", re.MULTILINE)
 
@@ -76,7 +76,7 @@ def against_readelf(image: ElfImage, path: pathlib.Path) -> list[str]:
     found = list(
         _differing("segments", _our_segments(image), [_segment(*each) for each in _SEGMENT.findall(text)])
     )
-    tables = dict(_SYMBOLS.findall(text))
+    tables = dict(_SYMBOLS.findall(text.replace("<OS specific>: 10", "UNIQUE")))
     dynamic = [_symbol(*each) for each in _SYMBOL.findall(tables.get(".dynsym", ""))]
     found += _differing("dynamic symbols", [_our_symbol(each) for each in image.dynamic_symbols()], dynamic)
     if ".symtab" in tables:

@@ -229,6 +229,63 @@ class ElfFile:
         """(name, kind, description)"""
     def bytes_at(self, address: int, size: int) -> bytes: ...
 
+@final
+class PeFile:
+    """The tables of a PE file. As ElfFile; addresses are relative to the image base unless it is said."""
+
+    def __new__(cls, source: Source, offset: int, size: int) -> Self: ...
+    def header(
+        self,
+    ) -> tuple[
+        tuple[bool, int, int, int, int, int, int], tuple[int, int, int, int, int, int], list[tuple[int, int]]
+    ]:
+        """(is_64, machine, characteristics, entry, image_base, section_align, file_align),
+        (image_size, headers_size, subsystem, dll_characteristics, stack_reserve, stack_commit),
+        (address, size) of each data directory"""
+    def sections(self) -> list[tuple[str, int, int, int, int, int]]:
+        """(name, address, memory_size, offset, file_size, flags)"""
+    def imports(self) -> list[tuple[str, str | None, int, int, bool]]:
+        """(library, name, number, slot, is_delayed)"""
+    def exports(self) -> list[tuple[str | None, int, int, str | None]]:
+        """(name, ordinal, address, forward)"""
+    def relocations(self) -> list[tuple[int, int]]:
+        """(address, type)"""
+    def tls(self) -> tuple[int, int, int, int, list[int]] | None:
+        """(start, end, index, zero_fill, callbacks), absolute addresses"""
+
+def macho_members(source: Source, size: int) -> list[tuple[int, int, int, int, int]] | None:
+    """(cpu_type, cpu_subtype, offset, size, log2 of the alignment) of each program in a universal file.
+
+    None if it is none, such as a Java class, which begins with the same bytes. Raises as ElfFile.
+    """
+
+@final
+class MachOFile:
+    """The tables of a Mach-O file. As ElfFile."""
+
+    def __new__(cls, source: Source, offset: int, size: int) -> Self: ...
+    def header(
+        self,
+    ) -> tuple[
+        tuple[bool, bool, int, int, int, int],
+        tuple[str | None, list[tuple[str, str]], list[str], str | None],
+        int | None,
+        bytes | None,
+    ]:
+        """(is_64, is_little_endian, cpu_type, cpu_subtype, kind, flags), (name, [(library, how)], run_paths,
+        linker), offset of the first instruction in the file, uuid"""
+    def segments(
+        self,
+    ) -> list[tuple[str, int, int, int, int, int, int, list[tuple[str, str, int, int, int, int, int]]]]:
+        """(name, address, memory_size, offset, file_size, protection, flags,
+        [(name, segment, address, size, offset, log2 of the alignment, flags)])"""
+    def symbols(self) -> list[tuple[str, int, int, int, int]]:
+        """(name, type, section, description, value)"""
+    def exports(self) -> list[tuple[str, int, int, tuple[int, str] | None]]:
+        """(name, flags, address from the beginning of the image, (library, name there))"""
+    def fixups(self) -> list[tuple[str, int, str | None, int, int]]:
+        """(kind, address, name, library, addend); kind is rebase, bind, lazy or weak"""
+
 def elf_name(kind: str, machine: int, value: int) -> str | None:
     """The constant of this value whose name begins with ``kind``: EM, ET, PT, SHT, DT, STB, STT or R."""
 

@@ -35,6 +35,9 @@ fn _native(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add_class::<purgeable::PurgeableEntry>()?;
     module.add_function(wrap_pyfunction!(elf::elf_linkage, module)?)?;
     module.add_class::<image::elf::ElfFile>()?;
+    module.add_class::<image::pe::PeFile>()?;
+    module.add_class::<image::macho::MachOFile>()?;
+    module.add_function(wrap_pyfunction!(image::macho::macho_members, module)?)?;
     module.add_function(wrap_pyfunction!(image::elf::elf_name, module)?)?;
     module.add_function(wrap_pyfunction!(purgeable::available_bytes, module)?)?;
     module.add_class::<region::Region>()?;

@@ -15,10 +15,11 @@ __all__ = ["named"]
 
 @contextmanager
 def named(name: str) -> Iterator[None]:
-    """Put the file's name before what is said of its fields."""
+    """Put the file's name before what is said of its fields, once."""
     try:
         yield
-    except Malformed as error:
-        raise Malformed(f"{name}: {error}") from None
-    except PageError as error:
-        raise PageError(f"{name}: {error}") from None
+    except (Malformed, PageError) as error:
+        text = str(error)
+        if text.startswith(f"{name}: "):
+            raise
+        raise type(error)(f"{name}: {text}") from None

@@ -5,10 +5,14 @@ from __future__ import annotations
 import os
 from typing import TYPE_CHECKING, Any
 
+from quire import _native
 from quire.errors import Malformed
 from quire.image import fatelf, script
 from quire.image.containers import FatImage, ScriptImage
 from quire.image.elf import ElfImage
+from quire.image.macho import MachOImage, machine
+from quire.image.naming import named
+from quire.image.pe import PeImage
 from quire.snapshot import Snapshot
 from quire.sources import BytesSource, SnapshotSource, Source, open_source
 
@@ -21,6 +25,8 @@ if TYPE_CHECKING:
 __all__ = ["read"]
 
 _HEAD_BYTES = 8
+_MACHO = {b"\xfe\xed\xfa\xce", b"\xce\xfa\xed\xfe", b"\xfe\xed\xfa\xcf", b"\xcf\xfa\xed\xfe"}
+_UNIVERSAL = {b"\xca\xfe\xba\xbe", b"\xca\xfe\xba\xbf"}
 
 
 def read(target: str | os.PathLike[str] | Source | Snapshot | Region | Buffer) -> Image:
@@ -68,6 +74,12 @@ def _image(source: Source, name: str, offset: int, size: int) -> Image:
     head = source.read(offset, min(_HEAD_BYTES, size))
     if head[:4] == b"\x7fELF":
         return ElfImage(source, name, offset, size)
+    if head[:2] == b"MZ":
+        return PeImage(source, name, offset, size)
+    if head[:4] in _MACHO:
+        return MachOImage(source, name, offset, size)
+    if head[:4] in _UNIVERSAL and (fat := _universal(source, name, size)) is not None:
+        return fat
     if fatelf.is_fatelf(head):
         members = [
             ElfImage(source, f"{name} ({record.target})", record.offset, record.size)
@@ -77,3 +89,16 @@ def _image(source: Source, name: str, offset: int, size: int) -> Image:
     if script.is_script(head):
         return ScriptImage(source, name, size)
     raise Malformed(f"{name}: of no known format: it begins with the bytes {head.hex(' ') or '(none)'}")
+
+
+def _universal(source: Source, name: str, size: int) -> FatImage | None:
+    """Read a universal file; None if it is a Java class, which begins with the same bytes."""
+    with named(name):
+        found = _native.macho_members(source._native, size)
+    if found is None:
+        return None
+    members = [
+        MachOImage(source, f"{name} ({machine(cpu_type)})", offset, member_size)
+        for cpu_type, _, offset, member_size, _ in found
+    ]
+    return FatImage("universal", source, name, size, members)

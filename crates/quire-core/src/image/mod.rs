@@ -4,7 +4,9 @@
 //! and what one question may read and return is bounded by the size of the file.
 
 pub mod elf;
+pub mod macho;
 pub mod names;
+pub mod pe;
 
 use std::cell::RefCell;
 use std::sync::Arc;
@@ -102,4 +104,24 @@ impl ReadCacheOps for Reader<'_> {
 /// What a format has that `object`, or this page, does not accept: which field of the file, and why.
 fn malformed(field: impl std::fmt::Display, why: impl std::fmt::Display) -> Error {
     Error::Malformed(format!("{field}: {why}"))
+}
+
+/// Copies names, as long as they are no more than a few times what the file holds: in honest files, names are shared by
+/// two or three; in one that was made to waste memory all have the same long one.
+struct Names {
+    left: u64,
+}
+
+impl Names {
+    fn of<'d>(data: impl object::ReadRef<'d>) -> Self {
+        Self { left: data.len().unwrap_or(0).saturating_mul(READS_OF_THE_FILE).saturating_add(READS_ALWAYS) }
+    }
+
+    fn take(&mut self, name: &[u8], field: &str) -> Result<Vec<u8>> {
+        // What keeps a name costs memory too, if it is empty.
+        let cost = name.len() as u64 + 1;
+        self.left =
+            self.left.checked_sub(cost).ok_or_else(|| malformed(field, "more names than the file has room for"))?;
+        Ok(name.to_vec())
+    }
 }

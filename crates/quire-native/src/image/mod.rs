@@ -1,6 +1,8 @@
 //! `_native.ElfFile` and its like: the tables of program files.
 
 pub mod elf;
+pub mod macho;
+pub mod pe;
 
 use std::ffi::OsString;
 use std::os::unix::ffi::OsStringExt;

@@ -1,21 +1,22 @@
 //! ELF files. What runs is described by the program headers and the dynamic section; section headers are read only by
 //! `sections`, and where nothing else can tell: symbols that are not dynamic, relocatable objects, static executables.
 
+mod relocations;
+mod symbols;
+
 use std::collections::HashMap;
 
 use object::elf::{self, FileHeader32, FileHeader64};
-use object::read::elf::{Dyn, FileHeader, ProgramHeader, Rel, Rela, SectionHeader, Sym};
-use object::read::elf::{HashTable, NoteIterator, RelrIterator};
+use object::read::elf::{Dyn, FileHeader, NoteIterator, ProgramHeader, SectionHeader};
 use object::{Endianness, FileKind, Pod, ReadRef, StringTable};
 
-use super::{Window, malformed};
+use super::{Names, Window, malformed};
 use crate::Result;
 
 /// A name in a dynamic section longer than this is none (`PATH_MAX` bounds each folder of a search path).
 const STRING_MAX: usize = 4096;
 /// A dynamic section with more entries than this was made to waste time.
 const DYNAMIC_MAX: usize = 1 << 16;
-const VERSION_NAMES_MAX: usize = 1 << 16;
 
 /// Fields of the file header that say what the file is.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -199,7 +200,7 @@ pub fn relocations(window: &Window) -> Result<Vec<Relocation>> {
     ask!(window, view => view.relocations())
 }
 
-/// The notes of all `PT_NOTE` segments; of a file without program headers, of its sections.
+/// The notes of all `PT_NOTE` segments, and of sections that are in none of them.
 ///
 /// # Errors
 /// Malformed: a note is cut.
@@ -283,6 +284,7 @@ impl<'d, E: FileHeader<Endian = Endianness>, R: ReadRef<'d>> View<'d, E, R> {
         let headers = self.section_headers()?;
         let strings =
             self.header.section_strings(endian, self.data, headers).map_err(|why| malformed("e_shstrndx", why))?;
+        let mut names = Names::of(self.data);
         headers
             .iter()
             .enumerate()
@@ -291,7 +293,7 @@ impl<'d, E: FileHeader<Endian = Endianness>, R: ReadRef<'d>> View<'d, E, R> {
                     .name(endian, strings)
                     .map_err(|why| malformed(format_args!("sh_name of section {index}"), why))?;
                 Ok(Section {
-                    name: name.to_vec(),
+                    name: names.take(name, "sh_name")?,
                     kind: section.sh_type(endian).0,
                     flags: section.sh_flags(endian).0,
                     address: section.sh_addr(endian).into(),
@@ -351,11 +353,12 @@ impl<'d, E: FileHeader<Endian = Endianness>, R: ReadRef<'d>> View<'d, E, R> {
         } else {
             None
         };
+        let mut names = Names::of(self.data);
         let mut found = Vec::with_capacity(entries.len());
         for entry in entries {
             let (tag, value) = (entry.tag(self.endian), entry.val(self.endian));
             let name = match strings {
-                Some(strings) if is_name(tag) => Some(short_name(strings, value)?.to_vec()),
+                Some(strings) if is_name(tag) => Some(names.take(short_name(strings, value)?, "DT_STRTAB")?),
                 _ => None,
             };
             found.push(DynamicEntry { tag: tag.0, value, name });
@@ -419,324 +422,9 @@ impl<'d, E: FileHeader<Endian = Endianness>, R: ReadRef<'d>> View<'d, E, R> {
         object::pod::slice_from_all_bytes(bytes).map_err(|()| malformed(field, "not a whole number of entries"))
     }
 
-    fn dynamic_symbols(&self) -> Result<Vec<Symbol>> {
-        let Some(places) = self.places()? else { return Ok(Vec::new()) };
-        let Some(table) = places.get(elf::DT_SYMTAB) else { return Ok(Vec::new()) };
-        let count = self.dynamic_symbol_count(&places, table)?;
-        if count == 0 {
-            return Ok(Vec::new());
-        }
-        let each = std::mem::size_of::<E::Sym>() as u64;
-        let symbols: &[E::Sym] = self.table_at(table, count * each, "DT_SYMTAB")?;
-        let strings = self.dynamic_strings_whole(&places)?;
-        let versions = self.versions(&places, strings, count)?;
-        symbols
-            .iter()
-            .enumerate()
-            .map(|(index, symbol)| {
-                let version = versions.of(index);
-                self.symbol(index, symbol, strings, None, version)
-            })
-            .collect()
-    }
-
-    fn symbol(
-        &self,
-        index: usize,
-        symbol: &E::Sym,
-        strings: StringTable<'d, &'d [u8]>,
-        section: Option<u32>,
-        version: Option<Version>,
-    ) -> Result<Symbol> {
-        let name = match symbol.st_name(self.endian) {
-            0 => &[],
-            _ => symbol
-                .name(self.endian, strings)
-                .map_err(|why| malformed(format_args!("st_name of symbol {index}"), why))?,
-        };
-        Ok(Symbol {
-            name: name.to_vec(),
-            value: symbol.st_value(self.endian).into(),
-            size: symbol.st_size(self.endian).into(),
-            kind: symbol.st_type().0,
-            binding: symbol.st_bind().0,
-            other: symbol.st_other().0,
-            section: section.unwrap_or_else(|| symbol.st_shndx(self.endian).0.into()),
-            version,
-        })
-    }
-
-    /// Nothing in the dynamic section says how many symbols there are. A section header of the same table does; without
-    /// one, a hash table counts those that it finds, and relocations those that they name.
-    fn dynamic_symbol_count(&self, places: &Places, table: u64) -> Result<u64> {
-        let each = std::mem::size_of::<E::Sym>() as u64;
-        let endian = self.endian;
-        if let Ok(sections) = self.section_headers() {
-            let same = sections
-                .iter()
-                .find(|section| section.sh_type(endian) == elf::SHT_DYNSYM && section.sh_addr(endian).into() == table);
-            let room = self.place(table, "DT_SYMTAB")?.1;
-            if let Some(size) = same.map(|section| section.sh_size(endian).into()).filter(|size| *size <= room) {
-                return Ok(size / each);
-            }
-        }
-        let mut count = 0;
-        if let Some(address) = places.get(elf::DT_HASH) {
-            let room = self.place(address, "DT_HASH")?.1;
-            let head: &[object::U32<Endianness>] = self.table_at(address, 8, "DT_HASH")?;
-            let [buckets, chains] = [head[0].get(endian), head[1].get(endian)].map(u64::from);
-            let bytes = self.at(address, room.min(8 + 4 * (buckets + chains)), "DT_HASH")?;
-            let hash = HashTable::<E>::parse(endian, bytes).map_err(|why| malformed("DT_HASH", why))?;
-            count = u64::from(hash.symbol_table_length());
-        }
-        if let Some(address) = places.get(elf::DT_GNU_HASH) {
-            count = count.max(self.gnu_hash_count(address)?);
-        }
-        for relocation in self.dynamic_relocations(places)? {
-            count = count.max(u64::from(relocation.symbol) + 1);
-        }
-        Ok(count)
-    }
-
-    fn gnu_hash_count(&self, address: u64) -> Result<u64> {
-        let field = "DT_GNU_HASH";
-        let word = std::mem::size_of::<E::Word>() as u64;
-        let head: &[object::U32<Endianness>] = self.table_at(address, 16, field)?;
-        let [buckets, base, blooms] = [0, 1, 2].map(|index: usize| u64::from(head[index].get(self.endian)));
-        let buckets_at = 16 + blooms * word;
-        let at = |inside: u64| address.checked_add(inside).ok_or_else(|| malformed(field, "its size overflows"));
-        let table: &[object::U32<Endianness>] = self.table_at(at(buckets_at)?, 4 * buckets, field)?;
-        let last = table.iter().map(|bucket| u64::from(bucket.get(self.endian))).max().unwrap_or(0);
-        let Some(mut index) = last.checked_sub(base).filter(|_| last != 0) else { return Ok(base) };
-        let chains_at = buckets_at + 4 * buckets;
-        // Only the last chain is followed, in pieces: most are short.
-        loop {
-            let start = at(chains_at + 4 * index)?;
-            let room = self.place(start, field)?.1;
-            let piece: &[object::U32<Endianness>] = self.table_at(start, room.min(4096), field)?;
-            if piece.is_empty() {
-                return Err(malformed(field, "its last chain does not end"));
-            }
-            if let Some(end) = piece.iter().position(|value| value.get(self.endian) & 1 != 0) {
-                return Ok(base + index + end as u64 + 1);
-            }
-            index += piece.len() as u64;
-        }
-    }
-
-    fn static_symbols(&self) -> Result<Vec<Symbol>> {
-        let endian = self.endian;
-        let sections = self.section_headers()?;
-        let Some((index, section)) =
-            sections.iter().enumerate().find(|(_, section)| section.sh_type(endian) == elf::SHT_SYMTAB)
-        else {
-            return Ok(Vec::new());
-        };
-        let symbols: &[E::Sym] =
-            section.data_as_array(endian, self.data).map_err(|why| malformed("the symbol table", why))?;
-        let names = sections
-            .get(section.sh_link(endian) as usize)
-            .ok_or_else(|| malformed("sh_link of the symbol table", "there is no such section"))?;
-        let bytes = names.data(endian, self.data).map_err(|why| malformed("the names of symbols", why))?;
-        let strings = StringTable::new(bytes, 0, bytes.len() as u64);
-        let extended = sections
-            .iter()
-            .find(|other| other.sh_type(endian) == elf::SHT_SYMTAB_SHNDX && other.sh_link(endian) as usize == index);
-        let extended: &[object::U32<Endianness>] = match extended {
-            Some(other) => other.data_as_array(endian, self.data).map_err(|why| malformed("SHT_SYMTAB_SHNDX", why))?,
-            None => &[],
-        };
-        symbols
-            .iter()
-            .enumerate()
-            .map(|(index, symbol)| {
-                let section = if symbol.st_shndx(endian) == elf::SHN_XINDEX {
-                    extended.get(index).map(|section| section.get(endian))
-                } else {
-                    None
-                };
-                self.symbol(index, symbol, strings, section, None)
-            })
-            .collect()
-    }
-
-    fn versions(&self, places: &Places, strings: StringTable<'d, &'d [u8]>, count: u64) -> Result<Versions<'d>> {
-        let Some(table) = places.get(elf::DT_VERSYM) else { return Ok(Versions::default()) };
-        let indices: &[object::U16<Endianness>] = self.table_at(table, 2 * count, "DT_VERSYM")?;
-        let mut names = HashMap::new();
-        let endian = self.endian;
-        let step = |at: u64, by: u32, field: &str| {
-            at.checked_add(by.into()).ok_or_else(|| malformed(field, "an offset overflows"))
-        };
-        let name = |offset: u32, field: &str| {
-            strings.get(offset).map_err(|()| malformed(field, format_args!("no name at {offset:#x} of DT_STRTAB")))
-        };
-        let mut entries = 0;
-        let mut one_more = |field: &str| {
-            entries += 1;
-            if entries > VERSION_NAMES_MAX { Err(malformed(field, "too many entries")) } else { Ok(()) }
-        };
-        if let Some(mut at) = places.get(elf::DT_VERDEF) {
-            let field = "DT_VERDEF";
-            for _ in 0..places.size(elf::DT_VERDEFNUM) {
-                one_more(field)?;
-                let definition: &elf::Verdef<Endianness> = self.one_at(at, field)?;
-                if definition.vd_cnt.get(endian) > 0 {
-                    let first: &elf::Verdaux<Endianness> =
-                        self.one_at(step(at, definition.vd_aux.get(endian), field)?, field)?;
-                    let text = name(first.vda_name.get(endian), field)?;
-                    names.insert(definition.vd_ndx.get(endian).0 & 0x7fff, (text, None));
-                }
-                match definition.vd_next.get(endian) {
-                    0 => break,
-                    next => at = step(at, next, field)?,
-                }
-            }
-        }
-        if let Some(mut at) = places.get(elf::DT_VERNEED) {
-            let field = "DT_VERNEED";
-            for _ in 0..places.size(elf::DT_VERNEEDNUM) {
-                one_more(field)?;
-                let need: &elf::Verneed<Endianness> = self.one_at(at, field)?;
-                let library = name(need.vn_file.get(endian), field)?;
-                let mut inner = step(at, need.vn_aux.get(endian), field)?;
-                for _ in 0..need.vn_cnt.get(endian) {
-                    one_more(field)?;
-                    let version: &elf::Vernaux<Endianness> = self.one_at(inner, field)?;
-                    let text = name(version.vna_name.get(endian), field)?;
-                    names.insert(version.vna_other.get(endian).0 & 0x7fff, (text, Some(library)));
-                    match version.vna_next.get(endian) {
-                        0 => break,
-                        next => inner = step(inner, next, field)?,
-                    }
-                }
-                match need.vn_next.get(endian) {
-                    0 => break,
-                    next => at = step(at, next, field)?,
-                }
-            }
-        }
-        Ok(Versions { indices: indices.iter().map(|index| index.get(endian)).collect(), names })
-    }
-
     fn one_at<T: Pod>(&self, address: u64, field: &str) -> Result<&'d T> {
         let found: &[T] = self.table_at(address, std::mem::size_of::<T>() as u64, field)?;
         Ok(&found[0])
-    }
-
-    fn relocations(&self) -> Result<Vec<Relocation>> {
-        match self.places()? {
-            Some(places) => self.dynamic_relocations(&places),
-            None => self.section_relocations(),
-        }
-    }
-
-    fn dynamic_relocations(&self, places: &Places) -> Result<Vec<Relocation>> {
-        let mut found = Vec::new();
-        let plt = places.get(elf::DT_JMPREL).map(|at| (at, places.size(elf::DT_PLTRELSZ)));
-        if let Some(address) = places.get(elf::DT_RELR) {
-            self.relative_words(address, places.size(elf::DT_RELRSZ), &mut found)?;
-        }
-        for (table, size, with_addends, field) in
-            [(elf::DT_REL, elf::DT_RELSZ, false, "DT_REL"), (elf::DT_RELA, elf::DT_RELASZ, true, "DT_RELA")]
-        {
-            let Some(address) = places.get(table) else { continue };
-            let mut size = places.size(size);
-            // Some linkers count the slots of functions in, at the end.
-            if let Some((at, plt_size)) = plt {
-                if at >= address && plt_size <= size && at - address == size - plt_size {
-                    size -= plt_size;
-                }
-            }
-            self.table_of_relocations(address, size, with_addends, RelocationTable::Eager, field, &mut found)?;
-        }
-        if let Some((address, size)) = plt {
-            let with_addends = places.get(elf::DT_PLTREL) == Some(elf::DT_RELA.0 as u64);
-            self.table_of_relocations(address, size, with_addends, RelocationTable::Plt, "DT_JMPREL", &mut found)?;
-        }
-        Ok(found)
-    }
-
-    fn table_of_relocations(
-        &self,
-        address: u64,
-        size: u64,
-        with_addends: bool,
-        table: RelocationTable,
-        field: &str,
-        into: &mut Vec<Relocation>,
-    ) -> Result<()> {
-        if with_addends {
-            self.push_rela(self.table_at(address, size, field)?, table, into);
-        } else {
-            self.push_rel(self.table_at(address, size, field)?, table, into);
-        }
-        Ok(())
-    }
-
-    fn push_rela(&self, entries: &[E::Rela], table: RelocationTable, into: &mut Vec<Relocation>) {
-        let (endian, mips) = (self.endian, self.header.is_mips64el(self.endian));
-        into.extend(entries.iter().map(|entry| Relocation {
-            table,
-            offset: entry.r_offset(endian).into(),
-            kind: entry.r_type(endian, mips).0,
-            symbol: entry.r_sym(endian, mips),
-            addend: Some(entry.r_addend(endian).into()),
-        }));
-    }
-
-    fn push_rel(&self, entries: &[E::Rel], table: RelocationTable, into: &mut Vec<Relocation>) {
-        let endian = self.endian;
-        into.extend(entries.iter().map(|entry| Relocation {
-            table,
-            offset: entry.r_offset(endian).into(),
-            kind: entry.r_type(endian).0,
-            symbol: entry.r_sym(endian),
-            addend: None,
-        }));
-    }
-
-    fn relative_words(&self, address: u64, size: u64, into: &mut Vec<Relocation>) -> Result<()> {
-        let endian = self.endian;
-        let words: &[E::Relr] = self.table_at(address, size, "DT_RELR, DT_RELRSZ")?;
-        // A bit map of eight bytes names 63 words. Each has its addend in the file, which bounds how many can be meant.
-        let loaded: u64 = self
-            .segments
-            .iter()
-            .filter(|segment| segment.p_type(endian) == elf::PT_LOAD)
-            .fold(0, |sum, segment| sum.saturating_add(segment.p_filesz(endian).into()));
-        let len = self.data.len().unwrap_or(0);
-        let most = loaded.min(len) / std::mem::size_of::<E::Word>() as u64;
-        for offset in RelrIterator::<E>::new(endian, words) {
-            if into.len() as u64 >= most {
-                return Err(malformed("DT_RELR", "it names more words than the file has"));
-            }
-            let table = RelocationTable::Relative;
-            into.push(Relocation { table, offset: offset.into(), kind: 0, symbol: 0, addend: None });
-        }
-        Ok(())
-    }
-
-    fn section_relocations(&self) -> Result<Vec<Relocation>> {
-        let endian = self.endian;
-        let is_object = self.header.e_type(endian) == elf::ET_REL;
-        let mut found = Vec::new();
-        for (index, section) in self.section_headers()?.iter().enumerate() {
-            // Those that a linker has left in an executable for other tools are not for loading it.
-            if !is_object && !section.sh_flags(endian).contains(elf::SHF_ALLOC) {
-                continue;
-            }
-            let table =
-                if is_object { RelocationTable::Section(section.sh_info(endian)) } else { RelocationTable::Eager };
-            let wrong = |why: object::read::Error| malformed(format_args!("relocations in section {index}"), why);
-            if let Some((entries, _)) = section.rela(endian, self.data).map_err(wrong)? {
-                self.push_rela(entries, table, &mut found);
-            }
-            if let Some((entries, _)) = section.rel(endian, self.data).map_err(wrong)? {
-                self.push_rel(entries, table, &mut found);
-            }
-        }
-        Ok(found)
     }
 
     fn notes(&self) -> Result<Vec<Note>> {
@@ -747,14 +435,23 @@ impl<'d, E: FileHeader<Endian = Endianness>, R: ReadRef<'d>> View<'d, E, R> {
                 Self::push_notes(endian, notes, &mut found)?;
             }
         }
-        if self.segments.is_empty() {
-            for section in self.section_headers()? {
-                if let Some(notes) = section.notes(endian, self.data).map_err(|why| malformed("SHT_NOTE", why))? {
-                    Self::push_notes(endian, notes, &mut found)?;
-                }
+        // Linkers other than GNU's leave some out of the program headers. Without section headers they are not there.
+        for section in self.section_headers().unwrap_or_default() {
+            if self.segments.iter().any(|segment| self.is_note_of(segment, section)) {
+                continue;
+            }
+            if let Some(notes) = section.notes(endian, self.data).map_err(|why| malformed("SHT_NOTE", why))? {
+                Self::push_notes(endian, notes, &mut found)?;
             }
         }
         Ok(found)
+    }
+
+    fn is_note_of(&self, segment: &E::ProgramHeader, section: &E::SectionHeader) -> bool {
+        let endian = self.endian;
+        let (start, size) = segment.file_range(endian);
+        let at: u64 = section.sh_offset(endian).into();
+        segment.p_type(endian) == elf::PT_NOTE && at >= start && at - start < size
     }
 
     fn push_notes(endian: Endianness, mut notes: NoteIterator<'d, E>, into: &mut Vec<Note>) -> Result<()> {
@@ -782,19 +479,4 @@ fn short_name<'d, R: ReadRef<'d>>(strings: StringTable<'d, R>, offset: u64) -> R
         .and_then(|offset| strings.get(offset).ok())
         .filter(|name| name.len() < STRING_MAX)
         .ok_or_else(|| malformed("DT_STRTAB", format_args!("the name at {offset:#x} does not end in it")))
-}
-
-#[derive(Default)]
-struct Versions<'d> {
-    indices: Vec<u16>,
-    names: HashMap<u16, (&'d [u8], Option<&'d [u8]>)>,
-}
-
-impl Versions<'_> {
-    fn of(&self, symbol: usize) -> Option<Version> {
-        let index = *self.indices.get(symbol)?;
-        // 0 is local and 1 has no version; a definition of the object's own name has that index too.
-        let (name, library) = self.names.get(&(index & 0x7fff)).filter(|_| index & 0x7fff > 1)?;
-        Some(Version { name: name.to_vec(), library: library.map(<[u8]>::to_vec), is_hidden: index & 0x8000 != 0 })
-    }
 }
