@@ -1,12 +1,14 @@
 """PE files of real wheels: ours against pefile."""
 
 import pathlib
+import struct
 import zipfile
 from typing import Any
 
 import pefile
 import pytest
 from foreignwheels import downloaded
+from pip._vendor import distlib
 
 import quire.image
 from quire.image.pe import PeImage
@@ -30,12 +32,12 @@ def files(pytestconfig: pytest.Config) -> list[tuple[str, bytes]]:
     return found
 
 
-def members(wheel: pathlib.Path) -> list[tuple[str, bytes]]:
+def members(wheel: pathlib.Path, largest: int = LARGEST) -> list[tuple[str, bytes]]:
     with zipfile.ZipFile(wheel) as archive:
         return [
             (f"{wheel.name}!/{info.filename}", archive.read(info))
             for info in archive.infolist()
-            if info.filename.endswith((".pyd", ".dll", ".exe")) and info.file_size <= LARGEST
+            if info.filename.endswith((".pyd", ".dll", ".exe")) and info.file_size <= largest
         ]
 
 
@@ -66,17 +68,18 @@ def imports_of(theirs: Any) -> list[Any]:
     ]
 
 
+def described_imports(image: PeImage) -> list[Any]:
+    return [
+        (slot.symbol.library, slot.symbol.name, slot.symbol.ordinal, slot.address, slot.is_lazy)
+        for slot in image.slots()
+        if slot.symbol
+    ]
+
+
 def test_as_pefile_has_it(files: list[tuple[str, bytes]]) -> None:
-    delayed = with_tls = 0
     for name, data in files:
         image = opened(data)
-        theirs = pefile.PE(data=data, fast_load=True)
-        theirs.parse_data_directories(
-            [
-                pefile.DIRECTORY_ENTRY[f"IMAGE_DIRECTORY_ENTRY_{kind}"]
-                for kind in ("IMPORT", "EXPORT", "BASERELOC", "TLS", "DELAY_IMPORT")
-            ]
-        )
+        theirs = parsed(data, "IMPORT", "EXPORT", "BASERELOC", "DELAY_IMPORT")
         head = theirs.OPTIONAL_HEADER
         assert image.image_base == head.ImageBase, name
         assert (image.entry or image.image_base) == head.ImageBase + head.AddressOfEntryPoint, name
@@ -97,13 +100,7 @@ def test_as_pefile_has_it(files: list[tuple[str, bytes]]) -> None:
             )
             for one in theirs.sections
         ], name
-        ours = [
-            (slot.symbol.library, slot.symbol.name, slot.symbol.ordinal, slot.address, slot.is_lazy)
-            for slot in image.slots()
-            if slot.symbol
-        ]
-        assert ours == imports_of(theirs), name
-        delayed += any(slot.is_lazy for slot in image.slots())
+        assert described_imports(image) == imports_of(theirs), name
         exports = getattr(theirs, "DIRECTORY_ENTRY_EXPORT", None)
         assert sorted(
             (one.ordinal or 0, one.name, one.value - head.ImageBase if not one.forward else 0, one.forward)
@@ -120,19 +117,70 @@ def test_as_pefile_has_it(files: list[tuple[str, bytes]]) -> None:
             for entry in block.entries
             if entry.type
         ], name
-        tls = getattr(theirs, "DIRECTORY_ENTRY_TLS", None)
-        assert (image.tls is None) == (tls is None), name
-        if image.tls and tls:
-            with_tls += 1
+        image.check()
+
+
+def parsed(data: bytes, *kinds: str) -> Any:
+    theirs = pefile.PE(data=data, fast_load=True)
+    theirs.parse_data_directories([pefile.DIRECTORY_ENTRY[f"IMAGE_DIRECTORY_ENTRY_{kind}"] for kind in kinds])
+    return theirs
+
+
+def test_thread_local_storage(pytestconfig: pytest.Config) -> None:
+    found = []
+    for wheel in downloaded(pytestconfig, ("win_amd64",), ("numpy",)):
+        for name, data in members(wheel, largest=1 << 30):
+            image, theirs = opened(data), parsed(data, "TLS")
+            tls = getattr(theirs, "DIRECTORY_ENTRY_TLS", None)
+            assert (image.tls is None) == (tls is None), name
+            if image.tls is None or tls is None:
+                continue
             assert image.tls.address == tls.struct.StartAddressOfRawData, name
             assert image.tls.address + image.tls.size == tls.struct.EndAddressOfRawData, name
             word = image.bits // 8
-            list_at = tls.struct.AddressOfCallBacks - head.ImageBase
+            list_at = tls.struct.AddressOfCallBacks - theirs.OPTIONAL_HEADER.ImageBase
             for index, callback in enumerate((*image.tls.callbacks, 0)):
                 raw = theirs.get_data(list_at + index * word, word)
                 assert int.from_bytes(raw, "little") == callback, name
-        image.check()
-    assert with_tls > 0
+            found.append(len(image.tls.callbacks))
+    assert 0 in found
+    assert max(found) > 1
+
+
+def test_delayed_imports(files: list[tuple[str, bytes]]) -> None:
+    for name, data in files[:6]:
+        theirs = parsed(data, "IMPORT")
+        first = theirs.DIRECTORY_ENTRY_IMPORT[0].struct
+        place = theirs.sections[-1].VirtualAddress
+        # No wheel has such a directory, so what is imported at once is made to wait: a descriptor of it takes
+        # the place of what the last section has.
+        directory = theirs.OPTIONAL_HEADER.DATA_DIRECTORY[13]
+        fields = (1, first.Name, 0, first.FirstThunk, first.OriginalFirstThunk, 0, 0, 0)
+        theirs.set_bytes_at_rva(place, struct.pack("<8I", *fields) + bytes(32))
+        changed = bytearray(theirs.__data__)
+        struct.pack_into("<II", changed, directory.get_file_offset(), place, 64)
+        image = opened(bytes(changed))
+        expected = imports_of(parsed(bytes(changed), "IMPORT", "DELAY_IMPORT"))
+        delayed = [each for each in expected if each[-1]]
+        assert delayed, name
+        assert described_imports(image) == expected, name
+        assert image.delayed == (text(theirs.DIRECTORY_ENTRY_IMPORT[0].dll),), name
+
+
+def test_programs() -> None:
+    """The launchers that pip has for Windows."""
+    folder = pathlib.Path(distlib.__file__).parent
+    found = sorted(folder.glob("*.exe"))
+    assert found
+    for path in found:
+        with quire.image.read(path) as image:
+            theirs = parsed(path.read_bytes(), "IMPORT")
+            assert image.kind == "executable"
+            assert (
+                image.entry == theirs.OPTIONAL_HEADER.ImageBase + theirs.OPTIONAL_HEADER.AddressOfEntryPoint
+            )
+            assert isinstance(image, PeImage)
+            assert described_imports(image) == imports_of(theirs)
 
 
 def executed(image: PeImage, data: bytes, bias: int) -> tuple[bytes, dict[int, int]]:
@@ -183,8 +231,7 @@ def test_rebasing_dirties_the_pages_that_relocation_changes(files: list[tuple[st
     bias = 0x1230000
     for name, data in files:
         image = opened(data)
-        theirs = pefile.PE(data=data, fast_load=True)
-        theirs.parse_data_directories([pefile.DIRECTORY_ENTRY["IMAGE_DIRECTORY_ENTRY_BASERELOC"]])
+        theirs = parsed(data, "BASERELOC")
         before = theirs.get_memory_mapped_image()
         base = theirs.OPTIONAL_HEADER.ImageBase
         theirs.relocate_image(base + bias)
