@@ -11,17 +11,20 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple, overload
 
 import numpy as np
 
-from quire.process import parsing
+from quire.process import owned, parsing
 from quire.process.kinds import Kind, Total, classify
+from quire.process.pages import read_pages
 from quire.process.parsing import END, NAME, START
 from quire.process.procfs import Folder
 from quire.process.vma import VMA
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Iterator
 
     from numpy.typing import NDArray
 
+    from quire.process.finding import Found
+    from quire.process.pages import Pages
     from quire.process.parsing import Row
     from quire.process.procfs import Identity
 
@@ -124,6 +127,65 @@ class Maps(Sequence[VMA]):
                 packed = np.frombuffer(b"".join([self._vmas[place].figures for place in places]), np.uint64)
                 values[places] = packed.reshape(len(places), len(keys))[:, keys.index(key)]
         return values
+
+    def pages(self, which: VMA | tuple[int, int]) -> Pages:
+        """Read which pages of a range are in memory or swapped out, at this moment.
+
+        Blocks; the kernel's part runs without the GIL. What is not there costs nothing.
+
+        Args:
+            which: A VMA, or the range from an address to another, exclusive, both multiples of the page size.
+
+        Raises:
+            ProcessLookupError: The process has ended, or its number is another's now.
+            PermissionError: This user may not look at it.
+            ValueError: The range is none of whole pages.
+        """
+        start, end = which[:2]
+        with self._folder() as folder:
+            return read_pages(folder, start, end)
+
+    def pages_of_all(self) -> Iterator[tuple[VMA, Pages]]:
+        """Read the pages of all VMAs, one after the other. Blocks, and raises, as ``pages`` does.
+
+        Yields:
+            A VMA and its pages.
+        """
+        with self._folder() as folder:
+            for vma in self._vmas:
+                yield vma, read_pages(folder, vma.start, vma.end)
+
+    def find(self, address: int) -> Found:
+        """Tell all there is to know of an address, at this moment; ``str`` of it is text for people.
+
+        Reads the file that is mapped there, and in the own process looks for quire's objects among all that
+        the interpreter has: it is for people who look at one address, not for loops.
+
+        Args:
+            address: Any, mapped or not.
+
+        Raises:
+            ProcessLookupError: The process has ended, or its number is another's now.
+            PermissionError: This user may not look at it.
+            ValueError: The address is negative or has more than 64 bits.
+        """
+        from quire.process.finding import find  # noqa: PLC0415 - it reads program files
+
+        with self._folder() as folder:
+            return find(self, folder, address)
+
+    def _folder(self) -> Folder:
+        """Open the process again, if it is still the same."""
+        folder = Folder(self.process.pid)
+        try:
+            if folder.identity().start_ticks != self.process.start_ticks:
+                raise ProcessLookupError(
+                    errno.ESRCH, f"process {self.pid} has ended; its number is another process's now"
+                )
+        except BaseException:
+            folder.close()
+            raise
+        return folder
 
     def totals(self) -> dict[Kind, Total]:
         """Return the sums of each kind that there is, in the order of `Kind`.
@@ -255,6 +317,8 @@ def _read(folder: Folder, detail: Detail, last: bool) -> Maps | None:
     if any(b"\\012" in name for name in {row[NAME] for row in rows}):
         rows = [_with_exact_name(folder, row, problems) for row in rows]
     kinds = classify(rows, pointers, before.threads)
+    if before.pid == os.getpid():
+        _mark_own(rows, kinds)
     vmas = [VMA._make((*row, kind)) for row, kind in zip(rows, kinds, strict=True)]
     return Maps(process, detail, vmas, problems, page_tables)
 
@@ -285,6 +349,15 @@ def _stack_pointers(folder: Folder, problems: list[str]) -> list[int]:
         if len(words) >= 3:
             found.append(int(words[-2], 16))
     return found
+
+
+def _mark_own(rows: list[Row], kinds: list[Kind]) -> None:
+    """Mark the private memory of this library's objects, which has no name that tells it."""
+    starts = [row[START] for row in rows]
+    for start, end in owned.ranges():
+        for place in range(bisect.bisect_left(starts, start), bisect.bisect_left(starts, end)):
+            if rows[place][END] <= end:
+                kinds[place] = Kind.QUIRE
 
 
 def _with_exact_name(folder: Folder, row: Row, problems: list[str]) -> Row:
