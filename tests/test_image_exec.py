@@ -233,10 +233,11 @@ def test_32_bits_are_found_to_run_if_they_do(tmp_path: Folder) -> None:
     assert spawned(glued(tmp_path, program))[0] == 7
 
 
-def test_fatelf_run(tmp_path: Folder, show: Folder) -> None:
+@pytest.mark.parametrize("command", [["fatelf", "run"], ["image", "exec"]])
+def test_commands(tmp_path: Folder, show: Folder, command: list[str]) -> None:
     fat = glued(tmp_path, show, head(Ident(22, 0, 0, 64, "big")))
     done = subprocess.run(
-        [sys.executable, "-m", "quire", "fatelf", "run", fat, "--option", "-x", "--", "last"],
+        [sys.executable, "-m", "quire", *command, fat, "--option", "-x", "--", "last"],
         capture_output=True,
         text=True,
         check=False,
@@ -252,13 +253,13 @@ def test_fatelf_run(tmp_path: Folder, show: Folder) -> None:
         "env m",
     ]
     done = subprocess.run(
-        [sys.executable, "-m", "quire", "fatelf", "run", str(tmp_path / "none")],
+        [sys.executable, "-m", "quire", *command, str(tmp_path / "none")],
         capture_output=True,
         text=True,
         check=False,
     )
     assert done.returncode == 1
-    assert done.stderr.startswith("quire fatelf: ")
+    assert done.stderr.startswith(f"quire {command[0]}: ")
 
 
 def test_memory_that_may_not_be_executed_is_reported(show: Folder) -> None:

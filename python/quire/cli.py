@@ -18,12 +18,14 @@ COMMANDS = {
     "unpack": "make a plain file, or an archive that any tool reads, of a packed one",
     "run": "run a Python program with wheels on its path, nothing unpacked",
     "stat": "how an input would be paged, at what cost, and whether packing it helps",
+    "image": "what is in a program file, how it becomes an address space, what would run it",
     "fatelf": "make, take apart, check and run files that hold ELF files for several machines",
     "maps": "draw the address space of a process",
     "demo": "writer and reader processes share versions of real data; about a minute",
 }
 """Subcommands and their summaries. Each is a module of `quire.commands` with ``add_arguments(parser)`` and
-``run(args) -> int``."""
+``run(args) -> int``. One that has ``ACTIONS`` has subcommands of its own, and the first is meant if none is
+named."""
 
 
 class _Version(argparse.Action):
@@ -56,6 +58,12 @@ def main(argv: Sequence[str] | None = None) -> int:
             module = import_module(f"quire.commands.{name}")
             module.add_arguments(command)
             command.set_defaults(run=module.run)
+            actions = getattr(module, "ACTIONS", ())
+            after = arguments.index(name) + 1
+            if actions and arguments[after : after + 1] not in [
+                [each] for each in (*actions, "-h", "--help")
+            ]:
+                arguments.insert(after, actions[0])
     args = parser.parse_args(arguments)
     try:
         status: int = args.run(args)

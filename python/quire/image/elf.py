@@ -366,7 +366,7 @@ class ElfImage(Image):
         with named(self.name):
             found = self._native.relocations()
         symbols = self._dynamic_symbols if self.dynamic else self._static_symbols
-        is_lazy = not self._binds_now
+        is_lazy = not self.binds_now
         relative = self._relative_kind()
         out = []
         for index, (table, address, number, symbol, addend, section) in enumerate(found):
@@ -410,7 +410,8 @@ class ElfImage(Image):
         return found
 
     @functools.cached_property
-    def _binds_now(self) -> bool:
+    def binds_now(self) -> bool:
+        """Whether it asks for all functions to be resolved when it is loaded."""
         values = self._dynamic_values
         return (
             DT_BIND_NOW in values
@@ -433,7 +434,7 @@ class ElfImage(Image):
         lazy = sum(relocation.is_lazy for relocation in self._relocations)
         ifuncs = sum(relocation.kind.endswith(("IRELATIVE", "IRELATIV")) for relocation in self._relocations)
         return Eagerness(
-            self._binds_now, lazy, len(self._relocations) - lazy, ifuncs, self.has_text_relocations
+            self.binds_now, lazy, len(self._relocations) - lazy, ifuncs, self.has_text_relocations
         )
 
     def load_plan(
