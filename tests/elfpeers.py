@@ -84,7 +84,9 @@ def against_readelf(image: ElfImage, path: pathlib.Path) -> list[str]:
         ours = [_our_symbol(each._replace(version=None)) for each in image.symbols()]
         # Versions of these are parts of the names, as the linker was given them.
         found += _differing("symbols", [each[:6] for each in ours], [each[:6] for each in static])
-    theirs = sorted((int(at, 16), kind[:22]) for at, _, kind in _RELOCATION.findall(text))
+    theirs = sorted(
+        (int(at, 16), kind.replace("JMP_SLOT", "JUMP_SLOT")[:22]) for at, _, kind in _RELOCATION.findall(text)
+    )
     # readelf lists the words of DT_RELR in another form.
     has_relr = any(entry.kind == "RELR" for entry in image.dynamic)
     ours = sorted(
@@ -142,7 +144,7 @@ def _our_symbol(symbol: Symbol) -> Any:
 
 def _symbol(value: str, size: str, kind: str, binding: str, visibility: str, place: str, name: str) -> Any:
     # The number behind the version of an undefined symbol is an index.
-    shown = re.sub(r" \(\d+\)$", "", name)
+    shown = "" if kind.strip() == "SECTION" else re.sub(r" \(\d+\)$", "", name)
     return int(value, 16), int(size, 0), kind.strip(), binding, visibility, place, shown
 
 

@@ -17,7 +17,9 @@ def downloaded(
     folder = cache.mkdir(f"wheels-{platforms[0]}-{python}")
 
     def find(project: str) -> pathlib.Path | None:
-        return next(folder.glob(f"{project.replace('-', '[-_]')}-*.whl"), None)
+        # Wheels may be spelled otherwise than projects.
+        name = project.replace("-", "_")
+        return next((each for each in folder.glob("*.whl") if each.name.lower().startswith(f"{name}-")), None)
 
     missing = [project for project in projects if find(project) is None]
     if missing:
