@@ -21,7 +21,7 @@ from rich.console import Console
 
 from quire import cli
 from quire.image import MapFlags, Operation, Protection, fatelf, read
-from quire.image.layout import Piece, layout
+from quire.image.layout import Piece, layout, layout_of
 from quire.pictures import filetext
 from quire.pictures.filemap import FileMap, FilePart, MemoryRange, svg
 
@@ -68,11 +68,11 @@ def test_layout_carries_out_every_operation() -> None:
         Operation("copy", 6 * PAGE, 8, file="image", offset=77),
         Operation("brk", 9 * PAGE, 0),
     ]
-    found = layout(operations, file_size=100 * PAGE)
+    found = layout(operations, file_size=100 * PAGE, relro=(4 * PAGE, 5 * PAGE))
     assert found == [
         Piece(0, PAGE, R, 0),
         Piece(2 * PAGE, 4 * PAGE, R | X, 5 * PAGE),
-        Piece(4 * PAGE, 5 * PAGE, R, 6 * PAGE, was_writable=True, is_relocated=True),
+        Piece(4 * PAGE, 5 * PAGE, R, 6 * PAGE, is_relro=True, is_relocated=True),
         Piece(5 * PAGE, 5 * PAGE + 16, R | W, 7 * PAGE),
         Piece(5 * PAGE + 16, 6 * PAGE, R | W, None),
         Piece(6 * PAGE, 6 * PAGE + 8, R | W, 77),
@@ -144,7 +144,7 @@ def test_layout_is_what_the_kernel_shows_of_a_loaded_library(tmp_path: Folder) -
     ours = [(*(int(x, 16) for x in line[0].split("-")), line[1]) for line in lines if line[5:] == [str(path)]]
     bias = min(start for start, _, _ in ours)
     with read(path) as image:
-        pieces = layout(image.load_plan(bias), file_size=image.size)
+        pieces = layout_of(image, bias)
     real = {page: letters[:3] for start, end, letters in ours for page in range(start, end, PAGE)}
     shown = {
         page: piece.protection.letters

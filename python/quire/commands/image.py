@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from quire.commands.maps import console, write
 from quire.errors import Malformed, QuireError
 from quire.image.facts import as_dict, security
-from quire.image.layout import layout
+from quire.image.layout import layout_of
 from quire.image.machines import native
 from quire.image.reading import read
 from quire.image.running import exec  # noqa: A004
@@ -59,6 +59,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
             )
             action.add_argument(
                 "--svg", metavar="OUT", help="write the picture of file and memory; - prints it"
+            )
+            action.add_argument(
+                "--bias",
+                type=lambda text: int(text, 0),
+                default=0,
+                metavar="N",
+                help="how far from its own addresses it is loaded (0)",
             )
             action.add_argument("--force", action="store_true", help="replace OUT if it exists")
     summary = "run FILE from memory if it is in an archive or a FatELF file; a plain file as it is"
@@ -117,18 +124,18 @@ def _verdict(verdict: Verdict) -> Iterator[str]:
 def _show(args: argparse.Namespace) -> int:
     with read(args.file) as image:
         if args.json:
-            _print_json(as_dict(image, tables=args.tables))
+            _print_json(as_dict(image, tables=args.tables, bias=args.bias))
             return 0
         if args.tables:
             raise ValueError("--tables is for --json")
         if args.svg:
-            picture = svg(_drawn(_member(image)))
+            picture = svg(_drawn(_member(image), args.bias))
             if args.svg == "-":
                 sys.stdout.write(picture)
             else:
                 write(args.svg, picture, force=args.force)
             return 0
-        _print(image)
+        _print(image, args.bias)
     return 0
 
 
@@ -141,7 +148,7 @@ def _member(image: Image) -> Image:
     return next(same, image.members[0])
 
 
-def _print(image: Image) -> None:
+def _print(image: Image, bias: int) -> None:
     screen = console()
     from rich.table import Table  # noqa: PLC0415 - an extra
     from rich.text import Text  # noqa: PLC0415
@@ -157,7 +164,7 @@ def _print(image: Image) -> None:
             facts.add_row(label, Text(printable(text)))
         screen.print(facts)
         if not each.members:
-            drawn = _drawn(each)
+            drawn = _drawn(each, bias)
             if drawn.ranges:
                 screen.print()
                 screen.print(filetext.table(drawn, screen.width))
@@ -183,8 +190,10 @@ def _facts(image: Image) -> Iterator[tuple[str, str]]:
     if search:
         yield "looks in", search
     facts = security(image)
+    if image.kind == "shared object":
+        facts.pop("pie", None)
     if facts and image.kind in ("executable", "shared object"):
-        yield "safety", ", ".join(_safety(facts, image.kind))
+        yield "safety", ", ".join(_safety(facts))
     if image.format == "elf" and image.kind in ("executable", "shared object"):
         yield "at loading", _eager(image)
     for number, member in enumerate(image.members):
@@ -200,12 +209,12 @@ def _what(image: Image) -> str:
     return f"{name} {image.kind} for {image.machine}, {image.bits} bits, {image.byte_order}-endian"
 
 
-def _safety(facts: dict[str, bool | str | None], kind: str) -> Iterator[str]:
+def _safety(facts: dict[str, bool | str | None]) -> Iterator[str]:
     if "relro" not in facts:
         yield from (name.replace("_", " ") for name, value in facts.items() if value)
-        yield from (f"no {name.replace('_', ' ')}" for name, value in facts.items() if not value)
+        yield from (f"no {name}" for name in ("aslr", "nx", "pie") if facts.get(name) is False)
         return
-    if kind == "executable":
+    if "pie" in facts:
         yield "position independent" if facts["pie"] else "at a fixed address"
     yield f"RELRO {facts['relro']}"
     yield "functions bound at once" if facts["bind_now"] else "functions bound lazily"
@@ -227,21 +236,17 @@ def _eager(image: Image) -> str:
     return text
 
 
-def _drawn(image: Image) -> FileMap:
+def _drawn(image: Image, bias: int) -> FileMap:
     """Gather what is drawn of an image."""
-    try:
-        operations = image.load_plan()
-    except ValueError:
-        # A relocatable object, a script: nothing of it is loaded.
-        operations = []
-    pieces = layout(operations, file_size=image.offset + image.size)
+    is_loaded = image.kind in ("executable", "shared object") and image.format != "script"
+    pieces = layout_of(image, bias) if is_loaded else []
     ranges = [
         MemoryRange(
             piece.start,
             piece.end,
             piece.kind,
             piece.protection.letters,
-            _names(image, piece),
+            _names(image, piece, bias),
             None if piece.offset is None else piece.offset - image.offset,
         )
         for piece in pieces
@@ -251,14 +256,16 @@ def _drawn(image: Image) -> FileMap:
         for each in image.sections
         if each.file_size and each.name
     ]
-    return FileMap(printable(image.name), _what(image), image.size, ranges, rest, image.entry)
+    entry = None if image.entry is None else image.entry + bias
+    return FileMap(printable(image.name), _what(image), image.size, ranges, rest, entry)
 
 
-def _names(image: Image, piece: Piece) -> str:
+def _names(image: Image, piece: Piece, bias: int) -> str:
     """Name the sections that lie in a piece of memory."""
+    start, end = piece.start - bias, piece.end - bias
     names = [
         each.name
         for each in image.sections
-        if each.name and each.address and each.address < piece.end and piece.start < each.address + each.size
+        if each.name and each.address and each.address < end and start < each.address + each.size
     ]
-    return few(names)
+    return f"{few(names)}{' (relocated)' if piece.is_relocated else ''}"

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from quire.errors import Malformed
 from quire.image.elf import ElfImage
-from quire.image.layout import layout
+from quire.image.layout import layout_of
 from quire.image.operations import Protection
 
 if TYPE_CHECKING:
@@ -56,12 +56,13 @@ def _has_writable_code(image: Image) -> bool:
     return any(each.kind == "LOAD" and each.protection & both == both for each in image.segments)
 
 
-def as_dict(image: Image, *, tables: bool = False) -> dict[str, Any]:
+def as_dict(image: Image, *, tables: bool = False, bias: int = 0) -> dict[str, Any]:
     """Describe an image as plain data. Keys that a format lacks are null or empty.
 
     Args:
         image: Stays the caller's.
         tables: Symbols, imports, exports, relocations and slots too, which can be long.
+        bias: Of the load plan; see `Image.load_plan`.
 
     Raises:
         Malformed: A part is damaged. That it cannot be loaded is told under ``load_error``.
@@ -90,16 +91,15 @@ def as_dict(image: Image, *, tables: bool = False) -> dict[str, Any]:
         "load_plan": [],
         "load_error": None,
         "layout": [],
-        "members": [as_dict(member, tables=tables) for member in image.members],
+        "members": [as_dict(member, tables=tables, bias=bias) for member in image.members],
     }
     try:
-        operations = image.load_plan()
+        operations = image.load_plan(bias)
     except (Malformed, ValueError) as error:
         found["load_error"] = str(error)
     else:
         found["load_plan"] = [_plain(each) for each in operations]
-        pieces = layout(operations, file_size=image.offset + image.size)
-        found["layout"] = [_plain(each) | {"kind": each.kind} for each in pieces]
+        found["layout"] = [_plain(each) | {"kind": each.kind} for each in layout_of(image, bias)]
     if tables:
         for name in ("symbols", "imports", "exports", "relocations", "slots"):
             found[name] = [_plain(each) for each in getattr(image, name)()]

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
+from quire.image.elf import ElfImage
 from quire.image.operations import Protection
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
+    from quire.image.model import Image
     from quire.image.operations import Operation
 
-__all__ = ["Piece", "layout"]
+__all__ = ["Piece", "layout", "layout_of"]
 
 
 class Piece(NamedTuple):
@@ -23,8 +25,8 @@ class Piece(NamedTuple):
     protection: Protection
     offset: int | None
     """Where in the file its first byte comes from; None if it is zeros."""
-    was_writable: bool = False
-    """Whether it was writable for a while, to be relocated."""
+    is_relro: bool = False
+    """Whether it was writable until it was relocated (``PT_GNU_RELRO``)."""
     is_relocated: bool = False
     """Whether relocation writes to it, as far as the plan says."""
 
@@ -39,7 +41,7 @@ class Piece(NamedTuple):
             return "code"
         if self.protection & Protection.WRITE:
             return "data"
-        return "relro" if self.was_writable else "constants"
+        return "relro" if self.is_relro else "constants"
 
     def cut(self, start: int, end: int) -> Piece:
         """Return the part that is within a range."""
@@ -48,7 +50,33 @@ class Piece(NamedTuple):
         return self._replace(start=low, end=high, offset=offset)
 
 
-def layout(operations: Iterable[Operation], *, file_size: int, page_size: int = 4096) -> list[Piece]:
+def layout_of(image: Image, bias: int = 0) -> list[Piece]:
+    """Carry out the load plan of an image.
+
+    Args:
+        image: Stays the caller's.
+        bias: See `Image.load_plan`.
+
+    Returns:
+        See `layout`.
+
+    Raises:
+        ValueError: It cannot be loaded at that bias, or is no file that is loaded at all.
+        Malformed: No loader would accept it.
+    """
+    relro = image.relro if isinstance(image, ElfImage) else None
+    start = bias + relro.address if relro else 0
+    end = start + relro.memory_size if relro else 0
+    return layout(image.load_plan(bias), file_size=image.offset + image.size, relro=(start, end))
+
+
+def layout(
+    operations: Iterable[Operation],
+    *,
+    file_size: int,
+    relro: tuple[int, int] = (0, 0),
+    page_size: int = 4096,
+) -> list[Piece]:
     """Carry out a load plan.
 
     What the plan does with the interpreter's file, the stack and the heap is left out.
@@ -57,6 +85,7 @@ def layout(operations: Iterable[Operation], *, file_size: int, page_size: int = 
         operations: What `Image.load_plan` returned.
         file_size: Of the whole file, in bytes. What is mapped behind its end reads as zeros up to the end of
             the page.
+        relro: Addresses that are made read-only after relocation; the end is exclusive.
         page_size: A power of two.
 
     Returns:
@@ -76,7 +105,7 @@ def layout(operations: Iterable[Operation], *, file_size: int, page_size: int = 
         elif each.call == "munmap":
             inside = []
         elif each.call == "mprotect":
-            inside = [_protected(piece, each.protection) for piece in inside]
+            inside = [_protected(piece, each.protection, relro) for piece in inside]
         elif each.call == "zero":
             inside = [piece._replace(offset=None) for piece in inside]
         elif each.call == "copy":
@@ -101,9 +130,10 @@ def _split(piece: Piece, file_size: int) -> list[Piece]:
     return [part for part in parts if part.start < part.end]
 
 
-def _protected(piece: Piece, protection: Protection) -> Piece:
+def _protected(piece: Piece, protection: Protection, relro: tuple[int, int]) -> Piece:
     lost = bool(piece.protection & Protection.WRITE and not protection & Protection.WRITE)
-    return piece._replace(protection=protection, was_writable=piece.was_writable or lost)
+    is_relro = piece.is_relro or (lost and relro[0] < piece.end and piece.start < relro[1])
+    return piece._replace(protection=protection, is_relro=is_relro)
 
 
 def _merged(pieces: Iterable[Piece]) -> list[Piece]:
