@@ -3,12 +3,10 @@
 import json
 import os
 import pathlib
-import subprocess
-import sys
 
 import pytest
 from elffiles import PRINTER, compiled_program
-from support import TESTS
+from namespaces import with_mounts
 
 from quire.errors import Malformed, Unsupported
 from quire.image import binfmt
@@ -40,20 +38,8 @@ def taken(path):
 
 def in_namespace(script: str, *arguments: str) -> list[object]:
     """Run a script with a ``binfmt_misc`` of its own; what it printed as JSON, a value for each line."""
-    mount = f'mount -t binfmt_misc binfmt_misc {binfmt.DIRECTORY} || exit 77; exec "$@"'
-    done = subprocess.run(
-        ["unshare", "-Urm", "sh", "-c", mount, "sh", sys.executable, "-c", INSIDE + script, *arguments],
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=60,
-        cwd=TESTS,
-    )
-    if done.returncode == 77 or "unshare failed" in done.stderr:
-        # Linux 6.7 and later, where user namespaces are allowed.
-        pytest.skip(f"no binfmt_misc in a user namespace of its own: {done.stderr.strip()}")
-    assert done.returncode == 0, done.stderr
-    return [json.loads(line) for line in done.stdout.splitlines()]
+    printed = with_mounts(f"mount -t binfmt_misc binfmt_misc {binfmt.DIRECTORY}", INSIDE + script, *arguments)
+    return [json.loads(line) for line in printed.splitlines()]
 
 
 @pytest.fixture(scope="module")

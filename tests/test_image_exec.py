@@ -10,6 +10,7 @@ from collections.abc import Callable
 
 import pytest
 from elffiles import I386, X86_64, compiled_program, head
+from namespaces import with_mounts
 from support import PAGE, fork, nothing_left, run_script, wait
 
 from quire import image
@@ -276,16 +277,8 @@ except quire.Unsupported as error:
 else:
     raise SystemExit("it was run")
 """
-    command = 'mount -t proc proc /proc && echo 2 > /proc/sys/vm/memfd_noexec && exec "$@"'
-    done = subprocess.run(
-        ["unshare", "-fpm", "sh", "-c", command, "sh", sys.executable, "-c", script],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    if "unshare" in done.stderr or "mount" in done.stderr:
-        pytest.skip(f"no pid namespace of its own: {done.stderr.strip()}")
-    assert done.returncode == 0, done.stderr
+    mounts = "mount -t proc proc /proc && echo 2 > /proc/sys/vm/memfd_noexec"
+    with_mounts(mounts, script, unshare="-fpm")
 
 
 def test_import_is_not_part_of_quire() -> None:

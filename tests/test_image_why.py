@@ -13,6 +13,7 @@ import zipfile
 
 import pytest
 from elffiles import AARCH64, I386, MIPS, S390X, compiled_program, head
+from namespaces import with_mounts
 from support import nothing_left
 
 from quire.errors import Malformed
@@ -179,19 +180,10 @@ except OSError as error:
     print(error.errno)
 print(json.dumps(why("{tmp_path}/mount/file").as_dict()))
 """
-    (tmp_path / "mount").mkdir()
-    mount = (
-        f'mount -t tmpfs -o noexec tmpfs {tmp_path}/mount && cp {hello} {tmp_path}/mount/file && exec "$@"'
-    )
-    done = subprocess.run(
-        ["unshare", "-Urm", "sh", "-c", mount, "sh", sys.executable, "-c", script],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    if "unshare" in done.stderr or "mount:" in done.stderr:
-        pytest.skip(f"no file system can be mounted here: {done.stderr.strip()}")
-    number, verdict = done.stdout.splitlines()
+    target = tmp_path / "mount"
+    target.mkdir()
+    mounts = f"mount -t tmpfs -o noexec tmpfs {target} && cp {hello} {target}/file"
+    number, verdict = with_mounts(mounts, script).splitlines()
     assert int(number) == errno.EACCES
     found = json.loads(verdict)
     assert found["errno"] == "EACCES"
@@ -409,17 +401,8 @@ show("elf")
         made(tmp_path, b"MZ", name=name)
     made(tmp_path, f"#!{shutil.which('true')}\n".encode(), name="s.sh")
     made(tmp_path, hello.read_bytes(), name="elf")
-    mount = f'mount -t binfmt_misc binfmt_misc {binfmt.DIRECTORY} || exit 77; exec "$@"'
-    done = subprocess.run(
-        ["unshare", "-Urm", "sh", "-c", mount, "sh", sys.executable, "-c", script],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    if done.returncode == 77 or "unshare failed" in done.stderr:
-        pytest.skip(f"no binfmt_misc in a user namespace of its own: {done.stderr.strip()}")
-    assert done.returncode == 0, done.stderr
-    results = [json.loads(line) for line in done.stdout.splitlines()]
+    printed = with_mounts(f"mount -t binfmt_misc binfmt_misc {binfmt.DIRECTORY}", script)
+    results = [json.loads(line) for line in printed.splitlines()]
     reals = [real for _, real, _ in results]
     # The last rule is for the interpreters of all others, and for its own.
     assert reals == [0, "ENOENT", 0, 0, 0, 0, "ELOOP"]

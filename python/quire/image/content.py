@@ -9,17 +9,19 @@ import os
 from typing import TYPE_CHECKING
 
 from quire.errors import Unsupported
-from quire.sources import BytesSource, Source, open_source
+from quire.snapshot import Snapshot
+from quire.sources import BytesSource, SnapshotSource, Source, open_source
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from typing_extensions import Buffer
 
-    # A path or url (``archive.zip!/member`` too), a source, or bytes; a Region is bytes.
-    Content = str | os.PathLike[str] | Source | Buffer
+    from quire.region import Region
 
-__all__ = ["copy_to_memory", "executable_memfd", "opened", "pieces"]
+    Content = str | os.PathLike[str] | Source | Snapshot | Region | Buffer
+
+__all__ = ["as_source", "copy_to_memory", "executable_memfd", "opened", "pieces"]
 
 _PIECE_BYTES = 1 << 20
 _MFD_EXEC = 0x10
@@ -28,12 +30,16 @@ _SEALS = fcntl.F_SEAL_WRITE | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_
 _NAME_BYTES = 200
 
 
-@contextlib.contextmanager
-def opened(content: Content) -> Iterator[Source]:
-    """Open what an image is read from, for use in the block.
+def as_source(content: Content) -> tuple[Source, bool]:
+    """Open what an image is read from.
 
     Args:
-        content: A path or url, as `open_source` takes it; a source, which stays the caller's; or bytes.
+        content: A path, a member of an archive (``app.zip!/bin/tool``) or a url, as `open_source` takes them;
+            a source; a snapshot; a region, whose source is read and whose pages are not; or a bytes-like
+            object, which must not change.
+
+    Returns:
+        The source, and whether it is the caller's to close.
 
     Raises:
         OSError: It cannot be opened.
@@ -41,10 +47,27 @@ def opened(content: Content) -> Iterator[Source]:
         TypeError: It is none of these.
     """
     if isinstance(content, Source):
-        yield content
-        return
-    with open_source(content) if isinstance(content, str | os.PathLike) else BytesSource(content) as source:
+        return content, False
+    if isinstance(content, str | os.PathLike):
+        return open_source(content), True
+    if isinstance(content, Snapshot):
+        return SnapshotSource(content), True
+    from quire.region import Region  # noqa: PLC0415 - regions are not needed to read files
+
+    if isinstance(content, Region):
+        return content._source, False
+    return BytesSource(content), True
+
+
+@contextlib.contextmanager
+def opened(content: Content) -> Iterator[Source]:
+    """Open what an image is read from, for use in the block; see `as_source`."""
+    source, is_owned = as_source(content)
+    try:
         yield source
+    finally:
+        if is_owned:
+            source.close()
 
 
 def pieces(source: Source, offset: int, size: int) -> Iterator[bytes]:

@@ -2,25 +2,22 @@
 
 from __future__ import annotations
 
-import os
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from quire import _native
 from quire.errors import Malformed
 from quire.image import fatelf, script
 from quire.image.containers import FatImage, ScriptImage
+from quire.image.content import as_source
 from quire.image.elf import ElfImage
 from quire.image.macho import MachOImage, machine
 from quire.image.naming import named
 from quire.image.pe import PeImage
-from quire.snapshot import Snapshot
-from quire.sources import BytesSource, SnapshotSource, Source, open_source
 
 if TYPE_CHECKING:
-    from typing_extensions import Buffer
-
+    from quire.image.content import Content
     from quire.image.model import Image
-    from quire.region import Region
+    from quire.sources import Source
 
 __all__ = ["read"]
 
@@ -29,7 +26,7 @@ _MACHO = {b"\xfe\xed\xfa\xce", b"\xce\xfa\xed\xfe", b"\xfe\xed\xfa\xcf", b"\xcf\
 _UNIVERSAL = {b"\xca\xfe\xba\xbe", b"\xca\xfe\xba\xbf"}
 
 
-def read(target: str | os.PathLike[str] | Source | Snapshot | Region | Buffer) -> Image:
+def read(target: Content) -> Image:
     """Describe a program file. Reads its first headers; tables are read when they are asked for.
 
     Args:
@@ -44,7 +41,7 @@ def read(target: str | os.PathLike[str] | Source | Snapshot | Region | Buffer) -
         OSError: It cannot be opened.
         PageError: It cannot be read, or has changed while it was.
     """
-    source, is_owned = _as_source(target)
+    source, is_owned = as_source(target)
     try:
         image = _image(source, source.name, 0, source.size)
     except BaseException:
@@ -54,20 +51,6 @@ def read(target: str | os.PathLike[str] | Source | Snapshot | Region | Buffer) -
     if is_owned:
         image._owned = source
     return image
-
-
-def _as_source(target: Any) -> tuple[Source, bool]:
-    if isinstance(target, Source):
-        return target, False
-    if isinstance(target, str | os.PathLike):
-        return open_source(target), True
-    if isinstance(target, Snapshot):
-        return SnapshotSource(target), True
-    from quire.region import Region  # noqa: PLC0415 - regions are not needed to read files
-
-    if isinstance(target, Region):
-        return target._source, False
-    return BytesSource(target), True
 
 
 def _image(source: Source, name: str, offset: int, size: int) -> Image:
