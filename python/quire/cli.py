@@ -21,6 +21,7 @@ COMMANDS = {
     "image": "what is in a program file, how it becomes an address space, what would run it",
     "fatelf": "make, take apart, check and run files that hold ELF files for several machines",
     "maps": "draw the address space of a process",
+    "space": "models of address spaces: play a script of operations and draw each step",
     "demo": "writer and reader processes share versions of real data; about a minute",
 }
 """Subcommands and their summaries. Each is a module of `quire.commands` with ``add_arguments(parser)`` and

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
     from numpy.typing import ArrayLike, NDArray
 
-__all__ = ["CELLS", "PAGE", "Change", "Pages", "Picture", "Row", "Sample", "Total", "changes"]
+__all__ = ["CELLS", "PAGE", "Change", "Pages", "Picture", "Row", "Sample", "Step", "Total", "changes"]
 
 PAGE = 4096
 CELLS = 4096
@@ -36,7 +36,8 @@ class Pages(NamedTuple):
         shared: The same of pages that somebody else has too.
         swapped: The same of pages that are swapped out.
         written: The same of pages that are known to have been written.
-        frames: In a model, the number of each page's frame or None, one for each page; else empty.
+        frames: In a model, the number of each page's frame or None, one for each page; 0 is the page of
+            zeros. Else empty.
     """
 
     pages_per_cell: int
@@ -178,6 +179,24 @@ class Sample(NamedTuple):
         return sorted(sums.values(), key=lambda total: (order.get(total.kind, len(order)), total.kind))
 
 
+class Step(NamedTuple):
+    """One step of a lesson: an operation, what came of it, and the address spaces after it.
+
+    Attributes:
+        title: The operation.
+        said: What the teacher says of it, a line each.
+        notes: What came of it, a line each.
+        failed: It failed.
+        panels: A sample of each address space, whose title is the process's name.
+    """
+
+    title: str
+    said: tuple[str, ...]
+    notes: tuple[str, ...]
+    failed: bool
+    panels: tuple[Sample, ...]
+
+
 class Picture(NamedTuple):
     """Samples of one address space, in the order of time; one at least."""
 
@@ -207,7 +226,8 @@ def changes(before: Sequence[Row], after: Sequence[Row]) -> list[Change]:
     """Compare two samples.
 
     Rows are the same VMA if they start at the same address with the same kind and name; failing that, if they
-    end at the same one (a stack grows down). What is in `details` and `pages` is not compared.
+    end at the same one (a stack grows down). What is in `details` and `pages` is not compared, nor are
+    proportional sizes, which other processes change.
 
     Returns:
         The rows that differ, in the order of addresses.
@@ -222,7 +242,7 @@ def changes(before: Sequence[Row], after: Sequence[Row]) -> list[Change]:
             twin = there.pop((row[end], row.kind, row.name), None)
             if twin is None:
                 rest.append(row)
-            elif twin[:-2] != row[:-2]:
+            elif twin[:-2] != row._replace(proportional=twin.proportional)[:-2]:
                 found.append(Change(twin, row))
         left, right = list(there.values()), rest
     found += [Change(row, None) for row in left] + [Change(None, row) for row in right]

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 from quire.pictures.axis import Axis
 from quire.pictures.model import PAGE, Sample, changes
 from quire.pictures.palette import ADDED, EXCLUSIVE, KINDS, REMOVED, SHARED, SWAPPED, ink, tone
-from quire.pictures.text import printable
+from quire.pictures.text import frame_name, printable
 
 if TYPE_CHECKING:
     from collections.abc import Hashable, Iterable
@@ -214,7 +214,7 @@ def _cells(pages: Pages) -> dict[str, Any]:
         if getattr(pages, layer):
             cells[layer] = _shortened(getattr(pages, layer))
     if pages.frames:
-        cells["frames"] = list(pages.frames)
+        cells["frames"] = [None if number is None else frame_name(number) for number in pages.frames]
     return cells
 
 

@@ -26,11 +26,16 @@ text { font-size: 12px; fill: #111827; }
 .page { fill: #ffffff; } .line { stroke: #6b7280; stroke-width: 1; fill: none; } .edge { stroke: #ffffff; }
 .faint { fill: #4b5563; } .title { font-size: 15px; font-weight: bold; } .small { font-size: 10px; }
 .on-light { fill: #000000; } .on-dark { fill: #ffffff; } .hatch { stroke: #111827; stroke-opacity: 0.55; }
-.bad { fill: #9a3c00; } .box { fill: none; stroke: #111827; stroke-width: 2; } .quiet { fill: #f1f3f5; }
+.bad { fill: #9a3c00; } .box { fill: none; stroke: #111827; stroke-width: 2; } .quiet { fill: #e5e7eb; }
+.single { fill: #374151; } .single-ink { fill: #ffffff; }
+.several { fill: #d6d9de; stroke: #374151; stroke-width: 2; }
+.mark { fill: #111827; }
 @media (prefers-color-scheme: dark) {
 text { fill: #e5e7eb; } .page { fill: #14171c; } .line { stroke: #9ca3af; } .edge { stroke: #14171c; }
 .faint { fill: #b3bac5; } .on-light { fill: #000000; } .on-dark { fill: #ffffff; }
-.hatch { stroke: #e5e7eb; } .bad { fill: #ff9f5a; } .box { stroke: #e5e7eb; } .quiet { fill: #22272e; }
+.hatch { stroke: #e5e7eb; } .bad { fill: #ff9f5a; } .box { stroke: #e5e7eb; } .quiet { fill: #343b45; }
+.mark { fill: #e5e7eb; } .single { fill: #d6d9de; } .single-ink { fill: #000000; }
+.several { fill: #374151; stroke: #d6d9de; }
 }
 """
 

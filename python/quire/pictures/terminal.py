@@ -16,19 +16,21 @@ from rich.tree import Tree
 from quire.pictures.axis import Axis
 from quire.pictures.model import Row, Sample, Total, changes
 from quire.pictures.palette import ink, tone
-from quire.pictures.text import address, clipped, printable, size
+from quire.pictures.text import address, clipped, frame_name, printable, size
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
     from rich.console import Console, RenderableType
 
-    from quire.pictures.model import Change, Picture
+    from quire.pictures.model import Change, Picture, Step
 
 __all__ = ["mappings", "steps", "summary", "timeline", "top", "tree"]
 
 _METRICS = ("virtual", "committed", "resident")
 _LEAVES = 12
+_FRAMES = 32
+_EDGE_AT_LEAST = 3
 _SPARKS = "▁▂▃▄▅▆▇█"
 
 
@@ -88,24 +90,27 @@ def _shares(counts: Sequence[int], width: int) -> list[int]:
 def _line(sample: Sample, axis: Axis, console: Console) -> RenderableType:
     """Draw the line of addresses, with as many of them below as have room."""
     width = max(20, console.width - 1)
-    cells: list[tuple[float, str]] = [(0.0, "")] * width
+    cells: list[tuple[float, str, str]] = [(0.0, "", "")] * width
     for row in sample.rows:
         left, right = axis.place(row.start) * width, axis.place(row.end) * width
+        edge = "|" if right - left >= _EDGE_AT_LEAST else ""
         for cell in range(int(left), min(width, int(right) + 1)):
             covered = min(right, cell + 1) - max(left, cell)
             if covered > cells[cell][0]:
-                cells[cell] = (covered, row.kind)
+                cells[cell] = (covered, row.kind, edge if cell == round(left) else "")
     for gap in axis.gaps:
         middle = (axis.place(gap.start) + axis.place(gap.end)) / 2
         at = min(width - 1, int(middle * width))
         if not cells[at][1]:
-            cells[at] = (0.0, "gap")
+            cells[at] = (0.0, "", "⋮")
     line = Text()
-    for _, kind in cells:
-        if kind and kind != "gap":
-            line.append_text(_block(kind, 1, console))
+    for _, kind, mark in cells:
+        if not kind:
+            line.append(mark or " ", style="dim")
+        elif mark:
+            line.append(mark, style=_style(kind))
         else:
-            line.append("⋮" if kind else " ", style="dim")
+            line.append_text(_block(kind, 1, console))
     ticks = [" "] * width
     free = 0
     for bound in sorted({bound for row in sample.rows for bound in (row.start, row.end)}):
@@ -333,13 +338,37 @@ def timeline(picture: Picture, console: Console) -> RenderableType:
     return Group(table, Text(), Text(f"From {first.title} to {last.title}:", style="bold"), changed)
 
 
-def steps(picture: Picture, console: Console) -> RenderableType:
-    """Draw samples one below the other on one line of addresses, as for teaching."""
-    axis = Axis(row for sample in picture.samples for row in sample.rows)
+def steps(lesson: Sequence[Step], console: Console) -> RenderableType:
+    """Draw steps one below the other on one line of addresses."""
+    axis = Axis(row for step in lesson for panel in step.panels for row in panel.rows)
     parts: list[RenderableType] = []
-    for number, sample in enumerate(picture.samples):
-        parts.append(Text.assemble((f"{number}. ", "dim"), (printable(sample.title), "bold")))
-        if sample.note:
-            parts.append(Text(f"   {printable(sample.note)}", style="red" if sample.failed else "green"))
-        parts += [_line(sample, axis, console), Text()]
+    for number, step in enumerate(lesson):
+        parts.append(Text.assemble((f"{number}  ", "dim"), (printable(step.title), "bold")))
+        style = "red" if step.failed else "green"
+        parts += [Text(f"   {printable(line)}") for line in step.said]
+        parts += [Text(f"   {printable(note)}", style=style) for note in step.notes]
+        for panel in step.panels:
+            if len(step.panels) > 1:
+                parts.append(Text(printable(panel.title), style="italic"))
+            parts.append(_line(panel, axis, console))
+            parts += [Text(f"   {line}", style="dim") for line in _described(panel.rows)]
+        parts.append(Text())
     return Group(*parts)
+
+
+def _described(rows: Sequence[Row]) -> list[str]:
+    """Write rows as the kernel would, with the frames of pages that are there."""
+    lines = []
+    for row in rows:
+        frames = "" if row.pages is None else _frames(row.pages.frames)
+        what = printable(row.name) or row.kind
+        lines.append(
+            f"{row.start:#x}-{row.end:#x} {printable(row.protection)} {size(row.size)} {what}{frames}"
+        )
+    return lines
+
+
+def _frames(frames: Sequence[int | None]) -> str:
+    if len(frames) > _FRAMES or not any(frame is not None for frame in frames):
+        return ""
+    return "  pages " + " ".join("." if frame is None else frame_name(frame) for frame in frames)

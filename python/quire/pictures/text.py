@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import unicodedata
 
-__all__ = ["address", "clipped", "printable", "size"]
+__all__ = ["address", "clipped", "frame_name", "printable", "size"]
 
 _INVISIBLE = {"Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp"}
 """Categories of characters that draw nothing, break lines, or turn the direction of what follows."""
@@ -55,6 +55,15 @@ def size(count: int) -> str:
 def address(value: int) -> str:
     """Write an address as the tools do: ``0x7f0012345000``."""
     return f"{value:#x}"
+
+
+def frame_name(number: int) -> str:
+    """Name a frame of a model: A, B, … Z, AA, AB for 1, 2, … and 0 for the page of zeros."""
+    name = ""
+    while number > 0:
+        number, letter = divmod(number - 1, 26)
+        name = chr(ord("A") + letter) + name
+    return name or "0"
 
 
 def clipped(text: str, characters: int, *, keep_end: bool = False) -> str:
