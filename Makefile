@@ -17,7 +17,7 @@ export PIP_ROOT_USER_ACTION := ignore
 SOURCES := Cargo.toml $(wildcard Cargo.lock) pyproject.toml $(wildcard crates/*/Cargo.toml) \
 	$(shell find crates -name '*.rs')
 
-.PHONY: help demo test lint bench fuzz build clean
+.PHONY: help demo test lint bench wheels fuzz build clean
 .DELETE_ON_ERROR:
 
 help:
@@ -25,6 +25,7 @@ help:
 	@echo 'make test   run all tests'
 	@echo 'make lint   format, lints, types; warnings are errors'
 	@echo 'make bench  measure, and write docs/benchmarks.md'
+	@echo 'make wheels try real wheels; writes the table of docs/wheels.md (downloads 5 GB)'
 	@echo 'make fuzz   feed random bytes to every parser'
 	@echo 'make clean  remove everything that was built'
 
@@ -47,6 +48,9 @@ lint: build $(VENV)/.extra-lint $(VENV)/.extra-test $(VENV)/.extra-demo
 
 bench: build $(VENV)/.extra-bench $(VENV)/.extra-test
 	$(BIN)/python -m benches
+
+wheels: build $(VENV)/.extra-test
+	$(BIN)/python tools/try_wheels.py
 
 fuzz: build $(VENV)/.extra-test
 	PATH="$(CURDIR)/$(BIN):$$PATH" fuzz/run

@@ -9,10 +9,10 @@ from pathlib import Path
 # Threads of a linear algebra library would be stopped by every fork, at the cost of the peer.
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
-from benches import diff, faults, growth, handover, machine, regions, report, starting, versions
+from benches import diff, faults, growth, handover, machine, regions, report, starting, versions, wheels
 from benches.common import FULL, QUICK
 
-ROWS = ("versions", "handover", "diff", "first", "faults", "regions", "import", "growth")
+ROWS = ("versions", "handover", "diff", "first", "faults", "regions", "wheels", "import", "growth")
 
 
 def main() -> int:
@@ -51,6 +51,8 @@ def main() -> int:
         rows += faults.measure(plan)
     if announce("regions"):
         rows += regions.measure(plan)
+    if announce("wheels"):
+        rows += wheels.measure(plan)
     started = starting.measure(plan) if announce("import") else None
     grown = growth.measure(plan) if announce("growth") else None
     report.write(

@@ -74,3 +74,8 @@ def test_only_a_full_run_replaces_the_published_report() -> None:
     )
     assert done.returncode == 2
     assert "--output is needed" in done.stderr
+
+
+def test_measures_wheels_or_says_why_not(report: Path) -> None:
+    text = report.read_text(encoding="utf-8")
+    assert "### Import numpy and call it, warm page cache" in text or "Not measured: pip cannot" in text

@@ -22,31 +22,20 @@ PROJECTS = {
 }
 
 
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+
+
 @pytest.fixture(scope="session")
-def wheels(pytestconfig: pytest.Config) -> dict[str, list[pathlib.Path]]:
-    """The newest wheels of each project for this interpreter, kept with what pytest caches."""
-    cache = pytestconfig.cache
-    if cache is None:
-        pytest.skip("pytest has no cache (-p no:cacheprovider), so there is no place for wheels")
-    folder = cache.mkdir(f"wheels-{sys.implementation.cache_tag}")
+def wheels() -> dict[str, list[pathlib.Path]]:
+    """The wheels of each project for this interpreter, kept with what is built."""
     names = sorted({*PROJECTS, *(need for needs in PROJECTS.values() for need in needs)})
-    found = {name: find(folder, name) for name in names}
-    missing = [name for name, path in found.items() if path is None]
-    if missing:
-        command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary=:all:"]
-        command += ["--disable-pip-version-check", "--retries=1", "--timeout=10", f"--dest={folder}"]
-        done = subprocess.run([*command, *missing], capture_output=True, text=True, check=False, timeout=100)
-        if done.returncode:
-            pytest.skip(f"pip cannot download wheels: {done.stderr.strip()[-300:]}")
-    paths = {name: find(folder, name) for name in names}
-    return {
-        name: [path for path in map(paths.get, (name, *needs)) if path is not None]
-        for name, needs in PROJECTS.items()
-    }
-
-
-def find(folder: pathlib.Path, name: str) -> pathlib.Path | None:
-    return next(folder.glob(f"{name.replace('-', '[-_]')}-*.whl"), None)
+    folder = ROOT / "target" / f"wheels-{sys.implementation.cache_tag}"
+    command = [sys.executable, ROOT / "tools" / "wheelhouse.py", folder, *names]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=100)
+    if done.returncode:
+        pytest.skip(done.stderr.strip()[-300:])
+    paths = dict(zip(names, map(pathlib.Path, done.stdout.splitlines()), strict=True))
+    return {name: [paths[each] for each in (name, *needs)] for name, needs in PROJECTS.items()}
 
 
 Wheels = dict[str, list[pathlib.Path]]

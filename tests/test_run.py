@@ -118,6 +118,13 @@ if __name__ == "__main__":
     assert done.stdout == f"{[str(one), str(two)]}\n"
 
 
+def test_tracebacks_show_the_source_in_wheels(tmp_path: Folder) -> None:
+    wheel = make_wheel(tmp_path / "w.whl", {"mod.py": "def fail():\n    raise KeyError('here')\n"})
+    done = run(*QUIRE, "--wheel", wheel, "-c", "import mod; mod.fail()", cwd=tmp_path)
+    assert done.returncode == 1
+    assert f"{wheel}/mod.py\", line 2, in fail\n    raise KeyError('here')\n" in done.stderr, done.stderr
+
+
 def test_commands_that_wheels_would_install(tmp_path: Folder) -> None:
     members = {
         "mod.py": "import sys\ndef main():\n    print('entry', sys.argv, __name__)\n    return 5\n",

@@ -95,9 +95,9 @@ class Wheel:
 
     def read(self, member: str) -> bytes:
         """Give a member's bytes; raises one of UNREADABLE."""
-        return b"".join(self._read(member))
+        return b"".join(self.chunks(member))
 
-    def _read(self, member: str) -> Iterator[bytes]:
+    def chunks(self, member: str) -> Iterator[bytes]:
         """Decompress a member; raises one of UNREADABLE, at the end if length or CRC-32 are wrong."""
         info = self.members[member]
         length = crc = 0
@@ -118,7 +118,7 @@ class Wheel:
         """Copy a member to a new sealed memfd, which is the caller's; raises one of UNREADABLE."""
         fd = _memfd(f"quire:{member}")
         try:
-            for chunk in self._read(member):
+            for chunk in self.chunks(member):
                 rest = memoryview(chunk)
                 while rest:
                     rest = rest[os.write(fd, rest) :]

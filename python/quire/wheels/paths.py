@@ -15,6 +15,7 @@ import builtins
 import contextlib
 import ctypes
 import errno
+import fcntl
 import functools
 import io
 import os
@@ -36,6 +37,7 @@ __all__ = ["as_file", "install", "uninstall"]
 
 _FILE_MODE = stat.S_IFREG | 0o444
 _FOLDER_MODE = stat.S_IFDIR | 0o555
+_SEALS = fcntl.F_SEAL_WRITE | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
 _os_stat = os.stat
 _os_open = os.open
 
@@ -60,14 +62,19 @@ class _Place(NamedTuple):
         """Extract the file to memory and give a descriptor for reading, which is the caller's."""
         if not self.is_file():
             self.refuse(errno.EISDIR if self.is_folder() else errno.ENOENT)
+        fd = os.memfd_create(
+            os.fsdecode(os.fsencode(self.member)[-200:]), os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING
+        )
         try:
-            fd = self.wheel.copy(self.member)
+            with _open.original(fd, "wb", closefd=False) as file:
+                for chunk in self.wheel.chunks(self.member):
+                    file.write(chunk)
+            fcntl.fcntl(fd, fcntl.F_ADD_SEALS, _SEALS)
+            # The other one is open for writing, which its seals refuse.
+            return _os_open(f"/proc/self/fd/{fd}", os.O_RDONLY | os.O_CLOEXEC)
         except UNREADABLE as error:
             text = f"cannot be read from the wheel: {error}"
             raise OSError(errno.EIO, text, self.path) from error
-        try:
-            # The other one is open for writing, which its seals refuse.
-            return _os_open(f"/proc/self/fd/{fd}", os.O_RDONLY | os.O_CLOEXEC)
         finally:
             os.close(fd)
 

@@ -60,7 +60,14 @@ def run(program: Callable[[], None]) -> None:
         def shown(kind: type[BaseException], value: BaseException, trace: TracebackType | None) -> None:
             if value is failure:
                 value, trace = value.with_traceback(rest), rest
-            hook(kind, value, trace)
+            if hook is sys.__excepthook__ and not issubclass(kind, KeyboardInterrupt):
+                # The interpreter's own, before Python 3.13, shows no source lines of archives. But to import
+                # anything now would have it forget that it was interrupted, and not die by the signal.
+                import traceback  # noqa: PLC0415 - only now
+
+                traceback.print_exception(kind, value, trace)
+            else:
+                hook(kind, value, trace)
 
         sys.excepthook = shown
         raise
