@@ -29,6 +29,7 @@ from quire.segment import Segment
 from quire.snapshot import Mapping, Snapshot, load
 
 if TYPE_CHECKING:
+    from quire.client import connect
     from quire.functions import FunctionSource
     from quire.process import maps
     from quire.purgeable import Purgeable, PurgeableCache
@@ -85,6 +86,7 @@ __all__ = [
     "ZstdSource",
     "__version__",
     "capabilities",
+    "connect",
     "load",
     "maps",
     "open",
@@ -95,6 +97,7 @@ __all__ = [
 
 
 _LATER = {
+    "client": ("connect",),
     "functions": ("FunctionSource",),
     "process": ("maps",),
     "purgeable": ("Purgeable", "PurgeableCache"),

@@ -78,6 +78,10 @@ class ArrayViews:
         def __buffer__(self, flags: int, /) -> memoryview:
             """Export the memory; the native class does."""
 
+    def _exported(self) -> memoryview:
+        """The memory; for a class that is not native, which cannot export a buffer before Python 3.12."""
+        return memoryview(self)
+
     def array(
         self, dtype: npt.DTypeLike, shape: int | Sequence[int] | None = None, offset: int = 0
     ) -> npt.NDArray[Any]:
@@ -117,7 +121,7 @@ class ArrayViews:
             )
         # frombuffer keeps the memoryview, and so the export, alive for as long as any view of a view lives;
         # ndarray(buffer=...) would not.
-        flat: npt.NDArray[Any] = np.frombuffer(memoryview(self), item, count, offset)
+        flat: npt.NDArray[Any] = np.frombuffer(self._exported(), item, count, offset)
         return _reshaped(flat, extents, item)
 
     def __len__(self) -> int:
@@ -138,7 +142,7 @@ class ArrayViews:
         Raises:
             IndexError: The byte is outside the memory.
         """
-        with memoryview(self) as view:
+        with self._exported() as view:
             if isinstance(key, slice):
                 with view[key] as part:
                     return part.tobytes()
@@ -153,7 +157,7 @@ class ArrayViews:
             IndexError: The byte is outside the memory.
             ValueError: The lengths differ, or the byte is not 0 to 255.
         """
-        with memoryview(self) as view:
+        with self._exported() as view:
             if isinstance(key, slice):
                 if view.readonly:
                     raise TypeError(f"{type(self).__name__} is read-only")

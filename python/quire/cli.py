@@ -22,6 +22,7 @@ COMMANDS = {
     "fatelf": "make, take apart, check and run files that hold ELF files for several machines",
     "maps": "draw the address space of a process",
     "space": "models of address spaces: play a script of operations and draw each step",
+    "broker": "lend memory to programs, account for it and take it back; a daemon",
     "demo": "writer and reader processes share versions of real data; about a minute",
 }
 """Subcommands and their summaries. Each is a module of `quire.commands` with ``add_arguments(parser)`` and

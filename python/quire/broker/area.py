@@ -1,0 +1,143 @@
+"""Address space of a client: a reservation into which leased memory is mapped, and out of which it is taken.
+
+The reservation stays until the last view of it has gone, so an address never comes to show other data.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import fcntl
+import mmap
+import os
+from typing import Any
+
+__all__ = ["Area"]
+
+_libc = ctypes.CDLL(None, use_errno=True)
+_libc.mmap.restype = ctypes.c_void_p
+_libc.mmap.argtypes = [
+    ctypes.c_void_p,
+    ctypes.c_size_t,
+    ctypes.c_int,
+    ctypes.c_int,
+    ctypes.c_int,
+    ctypes.c_int64,
+]
+_libc.mremap.restype = ctypes.c_void_p
+_libc.mremap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_size_t, ctypes.c_int, ctypes.c_void_p]
+_libc.munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
+_libc.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+
+_PROT_NONE = 0
+_MAP_FIXED = 0x10
+_MAP_NORESERVE = 0x4000
+_MAP_POPULATE = 0x8000
+_MREMAP_MAYMOVE = 1
+_MREMAP_FIXED = 2
+_FAILED = ctypes.c_void_p(-1).value
+_MADV_DONTFORK = 10
+
+
+def _raise(call: str) -> None:
+    number = ctypes.get_errno()
+    raise OSError(number, f"{call}: {os.strerror(number)}")
+
+
+def _mmap(address: int | None, length: int, protection: int, flags: int, descriptor: int, offset: int) -> int:
+    got = _libc.mmap(address, length, protection, flags, descriptor, offset)
+    if got == _FAILED:
+        _raise("mmap")
+    return int(got or 0)
+
+
+class Area:
+    """A reserved range of addresses. Every method that maps blocks for as long as the kernel takes."""
+
+    def __init__(self, length: int) -> None:
+        """Reserve.
+
+        Args:
+            length: In bytes, a multiple of the page.
+
+        Raises:
+            OSError: There is too little address space.
+        """
+        self.length = length
+        flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_NORESERVE
+        self.address = _mmap(None, length, _PROT_NONE, flags, -1, 0)
+
+    def map(self, at: int, length: int, descriptor: int, offset: int, write: bool) -> None:
+        """Map a range of a file.
+
+        Args:
+            at: Where, in bytes from the start of the area; page aligned, as the next two.
+            length: How much.
+            descriptor: Borrowed for the call.
+            offset: Within the file.
+            write: Whether it may be written through the mapping.
+
+        Raises:
+            OSError: The kernel refused; what was there is there still.
+        """
+        protection = mmap.PROT_READ | (mmap.PROT_WRITE if write else 0)
+        _mmap(self.address + at, length, protection, mmap.MAP_SHARED | _MAP_FIXED, descriptor, offset)
+        # A child that is forked has no part in the lease, and must not keep the memory.
+        self._dont_fork(self.address + at, length)
+
+    def move(self, at: int, length: int, descriptor: int, offset: int, write: bool) -> None:
+        """Replace what is mapped by another file with the same content.
+
+        The pages are mapped at another address first and then moved, so a thread that touches them finds them
+        in the page table: it sees no fault but, at worst, waits for the move.
+
+        Raises:
+            OSError: The kernel refused; what was there is there still.
+        """
+        protection = mmap.PROT_READ | (mmap.PROT_WRITE if write else 0)
+        fresh = _mmap(None, length, protection, mmap.MAP_SHARED | _MAP_POPULATE, descriptor, offset)
+        self._dont_fork(fresh, length)
+        moved = _libc.mremap(fresh, length, length, _MREMAP_MAYMOVE | _MREMAP_FIXED, self.address + at)
+        if moved == _FAILED:
+            number = ctypes.get_errno()
+            _libc.munmap(fresh, length)
+            raise OSError(number, f"mremap: {os.strerror(number)}")
+
+    def cut(self, at: int, length: int) -> None:
+        """Take what is mapped away; a touch is SIGBUS from then on.
+
+        Raises:
+            OSError: The kernel refused.
+        """
+        # Behind the end of an empty file every touch is SIGBUS; the seal keeps it empty.
+        descriptor = os.memfd_create("quire-revoked", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+        try:
+            fcntl.fcntl(descriptor, fcntl.F_ADD_SEALS, fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL)
+            _mmap(self.address + at, length, mmap.PROT_READ, mmap.MAP_SHARED | _MAP_FIXED, descriptor, 0)
+        finally:
+            os.close(descriptor)
+
+    @staticmethod
+    def _dont_fork(address: int, length: int) -> None:
+        if _libc.madvise(address, length, _MADV_DONTFORK):
+            _raise("madvise")
+
+    def view(self, at: int, length: int, write: bool) -> memoryview:
+        """Show a range as bytes; the area lives as long as any view of it."""
+        buffer = _Window(self, at, length)
+        view = memoryview(buffer.bytes).cast("B")
+        return view if write else view.toreadonly()
+
+    def __del__(self, munmap: Any = _libc.munmap) -> None:
+        """Give the addresses back."""
+        address = getattr(self, "address", 0)
+        if address:
+            munmap(address, self.length)
+
+
+class _Window:
+    """Makes an exporter of memory at an address, which holds the area."""
+
+    def __init__(self, area: Area, at: int, length: int) -> None:
+        window: Any = type("Window", (ctypes.c_ubyte * length,), {})
+        self.bytes = window.from_address(area.address + at)
+        self.bytes._area = area

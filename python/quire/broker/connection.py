@@ -1,0 +1,349 @@
+"""One client's connection: frames in, frames out, and the limits that keep it from disturbing others."""
+
+from __future__ import annotations
+
+import array
+import asyncio
+import contextlib
+import errno
+import fcntl
+import os
+import socket
+import struct
+import termios
+import threading
+import time
+from collections import deque
+from typing import TYPE_CHECKING
+
+from quire.broker.protocol import MAX_OUTSTANDING, FrameReader, decode_request, encode
+from quire.broker.sessions import Port
+from quire.errors import Malformed
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from quire.broker.protocol import ClientMessage
+    from quire.broker.sessions import Session
+
+__all__ = ["Connection", "Limits", "discard"]
+
+_INT_BYTES = array.array("i").itemsize
+_ANCILLARY_BYTES = socket.CMSG_SPACE(253 * _INT_BYTES) + 256
+_READ_BYTES = 1 << 16
+_FRAMES_AT_ONCE = 16
+_MAX_UNSENT_BYTES = 4 << 20
+_MAX_UNREAD_DESCRIPTORS = 128
+_RETRY_SECONDS = 0.005
+SO_PEERPIDFD = 77
+
+
+def discard(descriptors: list[int]) -> None:
+    """Close descriptors that a peer sent and nobody wants.
+
+    Closing a file of FUSE waits for whoever serves it, who may be the peer, so all but shared memory is left
+    to a thread.
+    """
+    slow = []
+    for descriptor in descriptors:
+        try:
+            fcntl.fcntl(descriptor, fcntl.F_GET_SEALS)
+        except OSError:
+            slow.append(descriptor)
+        else:
+            os.close(descriptor)
+    if slow:
+        threading.Thread(target=_close_all, args=(slow,), name="quire-discard", daemon=True).start()
+
+
+def _close_all(descriptors: list[int]) -> None:
+    for descriptor in descriptors:
+        # Linux has closed it, whatever close() reports.
+        with contextlib.suppress(OSError):
+            os.close(descriptor)
+
+
+class Limits:
+    """What one client may do."""
+
+    def __init__(
+        self,
+        *,
+        rate: float = 20_000.0,
+        handles: int = 4096,
+        leases: int = 1024,
+        names: int = 256,
+        connections: int = 256,
+        frame_seconds: float = 5.0,
+    ) -> None:
+        """Set them.
+
+        Args:
+            rate: Requests a second; who sends more is read more slowly, not refused.
+            handles: That a session may hold.
+            leases: That a session may hold.
+            names: That a user may have published.
+            connections: That a user may have open.
+            frame_seconds: For a frame, from its first byte to its last, and for the first one to begin.
+        """
+        self.rate = rate
+        self.handles = handles
+        self.leases = leases
+        self.names = names
+        self.connections = connections
+        self.frame_seconds = frame_seconds
+
+
+class Connection(Port):
+    """A connected client. Requests are carried out one after another, in order."""
+
+    def __init__(
+        self,
+        sock: socket.socket,
+        limits: Limits,
+        serve: Callable[[Connection, ClientMessage, list[int]], None],
+        closed: Callable[[Connection], None],
+    ) -> None:
+        """Take a socket over and start reading.
+
+        Args:
+            sock: Accepted; non-blocking from now on.
+            limits: What the client may do.
+            serve: Is given each message, with descriptors that are its own from then on.
+            closed: Is told once, when the connection is gone.
+
+        Raises:
+            OSError: The peer has gone already.
+        """
+        self._sock = sock
+        self._limits = limits
+        self._serve = serve
+        self._closed_callback = closed
+        self._loop = asyncio.get_running_loop()
+        self._frames = FrameReader()
+        self._unsent: deque[tuple[memoryview, list[int]]] = deque()
+        self._unsent_bytes = 0
+        self._in_flight = 0
+        self._tokens = limits.rate / 10
+        self._refilled = time.monotonic()
+        self._reading = False
+        self._paused = False
+        self._deadline: asyncio.TimerHandle | None = None
+        self._retry: asyncio.TimerHandle | None = None
+        self.closed = False
+        self.outstanding = 0
+        self.why = ""
+        self.session: Session | None = None
+        sock.setblocking(False)
+        credentials = sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))
+        self.pid, self.uid, _ = struct.unpack("3i", credentials)
+        self.pidfd = self._peer_pidfd()
+        self._expect()
+        self._read_on()
+
+    def _peer_pidfd(self) -> int:
+        """A pidfd of the peer; -1 where its process cannot be told from a later one of the same number."""
+        try:
+            data = self._sock.getsockopt(socket.SOL_SOCKET, SO_PEERPIDFD, _INT_BYTES)
+            return int(struct.unpack("i", data)[0])
+        except OSError:
+            # Before Linux 6.5: as long as the connection is open the peer most likely lives.
+            try:
+                return os.pidfd_open(self.pid) if self.pid > 0 else -1
+            except OSError:
+                return -1
+
+    # Reading
+
+    def _expect(self) -> None:
+        """Give the peer its time for a frame."""
+        if self._deadline is None:
+            self._deadline = self._loop.call_later(
+                self._limits.frame_seconds, self.drop, "it did not complete a message in time"
+            )
+
+    def _expect_nothing(self) -> None:
+        if self._deadline is not None:
+            self._deadline.cancel()
+            self._deadline = None
+
+    def _read_on(self) -> None:
+        if not self._reading and not self.closed and not self._paused:
+            self._reading = True
+            self._loop.add_reader(self._sock, self._readable)
+
+    def _read_no_more(self) -> None:
+        if self._reading:
+            self._reading = False
+            self._loop.remove_reader(self._sock)
+
+    def _readable(self) -> None:
+        try:
+            data, ancillary, flags, _ = self._sock.recvmsg(
+                _READ_BYTES, _ANCILLARY_BYTES, socket.MSG_CMSG_CLOEXEC
+            )
+        except BlockingIOError:
+            return
+        except OSError as error:
+            self.drop(f"recvmsg: {error}")
+            return
+        descriptors: list[int] = []
+        for level, kind, content in ancillary:
+            if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
+                descriptors += array.array("i", content[: len(content) - len(content) % _INT_BYTES])
+        self._frames.feed(data, descriptors)
+        if flags & socket.MSG_CTRUNC:
+            self.drop("it sent more descriptors than may come")
+        elif not data:
+            self.drop("")
+        else:
+            self.work()
+
+    def work(self) -> None:
+        """Serve frames that have come, as many as the client's limits and the others' turn allow."""
+        if self.closed:
+            return
+        self._paused = False
+        count = 0
+        try:
+            for payload, descriptors in self._frames.frames():
+                self._expect_nothing()
+                try:
+                    message = decode_request(payload)
+                except BaseException:
+                    discard(descriptors)
+                    raise
+                self._serve(self, message, descriptors)
+                count += 1
+                if self._gone():
+                    return
+                wait = self._wait_seconds()
+                if self.outstanding >= MAX_OUTSTANDING:
+                    # Whoever answers calls this again.
+                    self._pause()
+                    return
+                if wait > 0:
+                    self._pause()
+                    self._loop.call_later(wait, self.work)
+                    return
+                if count >= _FRAMES_AT_ONCE:
+                    self._pause()
+                    self._loop.call_soon(self.work)
+                    return
+        except Malformed as error:
+            self.drop(str(error))
+            return
+        if self._frames.partial:
+            self._expect()
+        self._read_on()
+
+    def _gone(self) -> bool:
+        """Whether serving a message has closed the connection."""
+        return self.closed
+
+    def _pause(self) -> None:
+        self._paused = True
+        self._read_no_more()
+
+    def _wait_seconds(self) -> float:
+        """Take a token; how long to wait for the next one."""
+        now = time.monotonic()
+        rate = self._limits.rate
+        self._tokens = min(rate / 10, self._tokens + (now - self._refilled) * rate)
+        self._refilled = now
+        self._tokens -= 1
+        return 0.0 if self._tokens >= 0 else -self._tokens / rate
+
+    # Writing
+
+    def post(self, message: object, descriptors: list[int]) -> None:
+        """Send a message, now or as soon as the client reads; the descriptors are closed afterwards."""
+        self.post_frame(encode(message, len(descriptors)), descriptors)  # type: ignore[arg-type]
+
+    def post_frame(self, frame: bytes, descriptors: list[int]) -> None:
+        """Send a frame that is encoded already."""
+        if self.closed:
+            for descriptor in descriptors:
+                os.close(descriptor)
+            return
+        self._unsent.append((memoryview(frame), descriptors))
+        self._unsent_bytes += len(frame)
+        if self._unsent_bytes > _MAX_UNSENT_BYTES:
+            self.drop("it does not read what it is sent")
+        elif len(self._unsent) == 1:
+            self._writable()
+
+    def _writable(self) -> None:
+        while self._unsent:
+            rest, descriptors = self._unsent[0]
+            if descriptors and not self._may_fly(len(descriptors)):
+                self._try_later()
+                return
+            ancillary = []
+            if descriptors:
+                ancillary = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", descriptors))]
+            try:
+                sent = self._sock.sendmsg([rest], ancillary, socket.MSG_NOSIGNAL)
+            except BlockingIOError:
+                self._loop.add_writer(self._sock, self._writable)
+                return
+            except OSError as error:
+                if error.errno == errno.ETOOMANYREFS:
+                    self._try_later()
+                    return
+                self.drop(f"sendmsg: {error}" if error.errno not in (errno.EPIPE, errno.ECONNRESET) else "")
+                return
+            self._in_flight += len(descriptors)
+            self._unsent_bytes -= sent
+            for descriptor in descriptors:
+                os.close(descriptor)
+            if sent == len(rest):
+                self._unsent.popleft()
+            else:
+                self._unsent[0] = rest[sent:], []
+        self._loop.remove_writer(self._sock)
+
+    def _may_fly(self, count: int) -> bool:
+        """Whether so many descriptors more may wait in the client's queue.
+
+        The kernel counts what waits there against the broker's user, so a client that does not read must not
+        use that up.
+        """
+        if self._in_flight and self._in_flight + count > _MAX_UNREAD_DESCRIPTORS:
+            (unread,) = struct.unpack("i", fcntl.ioctl(self._sock, termios.TIOCOUTQ, b"\0\0\0\0"))
+            if unread:
+                return False
+            self._in_flight = 0
+        return True
+
+    def _try_later(self) -> None:
+        self._loop.remove_writer(self._sock)
+        if self._retry is None:
+            self._retry = self._loop.call_later(_RETRY_SECONDS, self._retry_now)
+
+    def _retry_now(self) -> None:
+        self._retry = None
+        if not self.closed:
+            self._writable()
+
+    # The end
+
+    def drop(self, why: str) -> None:
+        """Close the connection; ``why`` is empty where the client closed it."""
+        if self.closed:
+            return
+        self.closed = True
+        self.why = why
+        self._expect_nothing()
+        if self._retry is not None:
+            self._retry.cancel()
+        self._read_no_more()
+        self._loop.remove_writer(self._sock)
+        self._sock.close()
+        discard(list(self._frames.descriptors))
+        self._frames.descriptors.clear()
+        for _, descriptors in self._unsent:
+            for descriptor in descriptors:
+                os.close(descriptor)
+        self._unsent.clear()
+        self._closed_callback(self)

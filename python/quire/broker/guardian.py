@@ -1,0 +1,162 @@
+"""The guardian: starts the broker, keeps its descriptors, and starts it again when it was killed.
+
+It does for a broker what systemd does with ``FileDescriptorStoreMax=`` and ``Restart=``, and it is small: it
+looks into nothing that it keeps.
+"""
+
+from __future__ import annotations
+
+import array
+import errno
+import fcntl
+import os
+import select
+import signal
+import socket
+import struct
+import sys
+import time
+
+__all__ = ["Guardian"]
+
+_INT_BYTES = array.array("i").itemsize
+_ANCILLARY_BYTES = socket.CMSG_SPACE(253 * _INT_BYTES) + socket.CMSG_SPACE(3 * _INT_BYTES)
+_QUICK_SECONDS = 1.0
+_MAX_QUICK = 5
+_FIRST = 3
+
+
+class Guardian:
+    """Runs one broker after another, each with what the one before it had kept."""
+
+    def __init__(self, listener: socket.socket, argv: list[str]) -> None:
+        """Prepare.
+
+        Args:
+            listener: The listening socket; belongs to the guardian from now on.
+            argv: The broker's command line, the program's path first.
+
+        Raises:
+            OSError: The kernel refused.
+        """
+        self._argv = argv
+        self._kept: dict[str, int] = {}
+        self._listener = listener
+        self._notices = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC)
+        self._notices.setsockopt(socket.SOL_SOCKET, socket.SO_PASSCRED, 1)
+        name = f"quire-guardian-{os.urandom(16).hex()}"
+        self._notices.bind(f"\0{name}")
+        self._notices.setblocking(False)
+        self._address = f"@{name}"
+        self._child = 0
+        self._stopping = False
+
+    def run(self) -> int:
+        """Run until the broker ends by itself, or a signal asks for the end.
+
+        Blocks. SIGTERM and SIGINT are passed to the broker.
+
+        Returns:
+            The broker's exit status; 1 if it was killed too often in a row.
+        """
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self._stop)
+        quick = 0
+        while True:
+            began = time.monotonic()
+            status = self._run_one()
+            if os.WIFEXITED(status) or self._stopping:
+                return os.waitstatus_to_exitcode(status) if os.WIFEXITED(status) else 0
+            quick = quick + 1 if time.monotonic() - began < _QUICK_SECONDS else 0
+            sys.stderr.write(f"quire broker: killed by signal {os.WTERMSIG(status)}, starting it again\n")
+            if quick >= _MAX_QUICK:
+                sys.stderr.write(
+                    f"quire broker: killed {quick} times within {_QUICK_SECONDS} s of its start\n"
+                )
+                return 1
+
+    def _stop(self, number: int, _frame: object) -> None:
+        self._stopping = True
+        if self._child:
+            os.kill(self._child, number)
+
+    def _run_one(self) -> int:
+        """Start a broker and serve it until it ends; return its wait status."""
+        self._child = os.fork()
+        if self._child == 0:
+            try:
+                self._become_broker()
+            finally:
+                os._exit(127)
+        pidfd = os.pidfd_open(self._child)
+        try:
+            poller = select.poll()
+            poller.register(pidfd, select.POLLIN)
+            poller.register(self._notices, select.POLLIN)
+            while pidfd not in dict(poller.poll()):
+                self._take_notices()
+        finally:
+            os.close(pidfd)
+        # What it sent before it died counts.
+        self._take_notices()
+        _, status = os.waitpid(self._child, 0)
+        self._child = 0
+        return status
+
+    def _become_broker(self) -> None:
+        """In the child: put the descriptors where sd_listen_fds(3) says, and execute."""
+        given = [("socket", self._listener.fileno()), *self._kept.items()]
+        # Out of the way of the numbers that they are to have.
+        above = _FIRST + len(given)
+        moved = [fcntl.fcntl(descriptor, fcntl.F_DUPFD, above) for _, descriptor in given]
+        for index, descriptor in enumerate(moved):
+            os.dup2(descriptor, _FIRST + index, inheritable=True)
+            os.close(descriptor)
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, signal.SIG_DFL)
+        environment = dict(os.environ)
+        environment["LISTEN_PID"] = str(os.getpid())
+        environment["LISTEN_FDS"] = str(len(given))
+        environment["LISTEN_FDNAMES"] = ":".join(name for name, _ in given)
+        environment["NOTIFY_SOCKET"] = self._address
+        if self._kept:
+            # A crash point is for the first broker only.
+            environment.pop("QUIRE_BROKER_CRASH", None)
+        os.execve(self._argv[0], self._argv, environment)  # noqa: S606 - the broker's own command line
+
+    def _take_notices(self) -> None:
+        """Read every datagram that waits."""
+        while True:
+            try:
+                data, ancillary, _flags, _ = self._notices.recvmsg(
+                    4096, _ANCILLARY_BYTES, socket.MSG_CMSG_CLOEXEC
+                )
+            except OSError as error:
+                if error.errno in (errno.EAGAIN, errno.EINTR):
+                    return
+                raise
+            sender = 0
+            descriptors: list[int] = []
+            for level, kind, content in ancillary:
+                if level == socket.SOL_SOCKET and kind == socket.SCM_CREDENTIALS:
+                    sender = struct.unpack("3i", content[:12])[0]
+                elif level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
+                    descriptors += array.array("i", content[: len(content) - len(content) % _INT_BYTES])
+            if sender == self._child:
+                self._serve(data, descriptors)
+            for descriptor in descriptors:
+                os.close(descriptor)
+
+    def _serve(self, data: bytes, descriptors: list[int]) -> None:
+        """Do what one datagram of the broker asks; descriptors that are kept are taken out of the list."""
+        fields = dict(line.partition("=")[::2] for line in data.decode("utf-8", "replace").split("\n"))
+        name = fields.get("FDNAME", "")
+        if fields.get("FDSTORE") == "1" and descriptors and name:
+            old = self._kept.pop(name, -1)
+            if old >= 0:
+                os.close(old)
+            self._kept[name] = descriptors.pop(0)
+        elif fields.get("FDSTOREREMOVE") == "1":
+            old = self._kept.pop(name, -1)
+            if old >= 0:
+                os.close(old)

@@ -1,0 +1,328 @@
+"""A client's connection to the broker: a thread that reads, and comes back when the broker was restarted."""
+
+from __future__ import annotations
+
+import array
+import contextlib
+import errno
+import logging
+import os
+import socket
+import struct
+import threading
+import time
+from concurrent.futures import Future
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+from quire.broker import protocol
+from quire.errors import ForkedError, Malformed, NotImmutable, QuotaExceeded, Revoked, Stalled, Unsupported
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping, Sequence
+
+    Finish: TypeAlias = Callable[[Any, list[int]], Any]
+
+__all__ = ["Link"]
+
+_log = logging.getLogger("quire.client")
+_INT_BYTES = array.array("i").itemsize
+_ANCILLARY_BYTES = socket.CMSG_SPACE(253 * _INT_BYTES) + 256
+_RETRY_SECONDS = 0.02
+
+
+def exception_of(fault: protocol.Fault) -> Exception:
+    """Make the exception that a fault stands for."""
+    kinds: dict[str, type[Exception]] = {
+        "quota": QuotaExceeded,
+        "notimmutable": NotImmutable,
+        "malformed": Malformed,
+        "revoked": Revoked,
+        "unsupported": Unsupported,
+        "unknown": LookupError,
+        "denied": PermissionError,
+        "invalid": ValueError,
+    }
+    if fault.fault == "exists":
+        return FileExistsError(errno.EEXIST, fault.message)
+    if fault.fault == "kernel":
+        return OSError(fault.errno, f"the broker: {fault.message}")
+    return kinds.get(fault.fault, RuntimeError)(fault.message)
+
+
+def only_reply(reply: protocol.Reply, descriptors: list[int]) -> protocol.Reply:
+    """Finish a request whose reply brings no descriptors."""
+    for descriptor in descriptors:
+        os.close(descriptor)
+    return reply
+
+
+class _Asked:
+    """A request without its reply."""
+
+    def __init__(self, frame: bytes, descriptors: list[int], finish: Finish) -> None:
+        self.frame = frame
+        self.descriptors = descriptors
+        self.finish = finish
+        self.future: Future[Any] = Future()
+        # A request that was sent cannot be cancelled.
+        self.future.set_running_or_notify_cancel()
+
+    def close(self) -> None:
+        while self.descriptors:
+            os.close(self.descriptors.pop())
+
+
+class Link:
+    """Sends requests from any thread; replies are futures, events go to a callback in the link's thread."""
+
+    def __init__(
+        self, path: str, timeout: float, on_event: Callable[[protocol.Message, list[int]], None]
+    ) -> None:
+        """Connect and begin a session; blocks until the broker has answered.
+
+        Args:
+            path: Where the broker listens.
+            timeout: In seconds: for the first answer, and for coming back when the connection has broken.
+            on_event: Is given every event, with descriptors that are its own from then on.
+
+        Raises:
+            OSError: Nobody listens there.
+            Stalled: The broker does not answer.
+            QuireError: It refuses.
+        """
+        self._path = path
+        self._timeout = timeout
+        self._on_event = on_event
+        self._pid = os.getpid()
+        self._lock = threading.Lock()
+        self._room = threading.Semaphore(protocol.MAX_OUTSTANDING - 1)
+        self._asked: dict[int, _Asked] = {}
+        self._last = 0
+        self._token = b""
+        self._closing = threading.Event()
+        self.failure: Exception | None = None
+        self._sock, self.welcome = self._connect()
+        self._token = self.welcome.session
+        self._thread = threading.Thread(target=self._run, name="quire-client", daemon=True)
+        self._thread.start()
+
+    def _connect(self) -> tuple[socket.socket, protocol.Welcome]:
+        """Connect and say Hello."""
+        sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
+        try:
+            sock.settimeout(self._timeout)
+            try:
+                sock.connect(self._path)
+                hello = protocol.Hello(0, protocol.VERSION, self._token)
+                sock.sendall(protocol.encode(hello))
+                frames = protocol.FrameReader()
+                replies: list[tuple[bytes, list[int]]] = []
+                while not replies:
+                    # Byte for byte, so that nothing of what follows is taken: the header, then the rest.
+                    more = frames.missing_bytes
+                    data = sock.recv(more)
+                    if not data:
+                        raise ConnectionResetError(errno.ECONNRESET, "the broker closed the connection")
+                    frames.feed(data, [])
+                    replies = list(frames.frames())
+            except TimeoutError as error:
+                raise Stalled(
+                    f"the broker at {self._path} did not answer within {self._timeout} s"
+                ) from error
+            reply = protocol.decode_reply(replies[0][0])
+            if isinstance(reply, protocol.Fault):
+                raise exception_of(reply)
+            if not isinstance(reply, protocol.Welcome):
+                raise Malformed(f"the broker answered {type(reply).__name__} to Hello")
+            sock.settimeout(None)
+            sock.setsockopt(
+                socket.SOL_SOCKET, socket.SO_SNDTIMEO, struct.pack("ll", max(1, int(self._timeout)), 0)
+            )
+        except BaseException:
+            sock.close()
+            raise
+        return sock, reply
+
+    # Sending
+
+    def submit(
+        self,
+        kind: type[protocol.Request],
+        fields: Mapping[str, object],
+        descriptors: Sequence[int] = (),
+        finish: Finish | None = None,
+    ) -> Future[Any]:
+        """Send a request; blocks only while as many as may be are without their reply.
+
+        Args:
+            kind: The type of the request.
+            fields: All of it but the id.
+            descriptors: Go with it; borrowed for the call.
+            finish: Makes the result out of the reply and the descriptors that came with it, which it owns. It
+                runs in the link's thread, before any event that the broker sent later is looked at.
+
+        Returns:
+            What ``finish`` returned; without it, the reply.
+
+        Raises:
+            ForkedError: This process was forked from the one that connected.
+            Revoked: The connection has ended for good.
+        """
+        if os.getpid() != self._pid:
+            raise ForkedError("a connection to the broker belongs to the process that made it: connect again")
+        if threading.current_thread() is self._thread:
+            raise RuntimeError("a callback runs in the thread that reads the replies: it cannot ask for one")
+        self._room.acquire()
+        with self._lock:
+            self._check()
+            self._last = self._last % (2**32 - 1) + 1
+            number = self._last
+            frame = protocol.encode(kind(id=number, **fields), len(descriptors))
+            asked = _Asked(frame, [os.dup(descriptor) for descriptor in descriptors], finish or only_reply)
+            self._asked[number] = asked
+            self._send(frame, asked.descriptors)
+        asked.future.add_done_callback(lambda _: self._room.release())
+        return asked.future
+
+    @property
+    def has_room(self) -> bool:
+        """Whether `submit` would most likely not block."""
+        return len(self._asked) < protocol.MAX_OUTSTANDING - 1
+
+    def acknowledge(self, serial: int, done: bool = True) -> None:
+        """Answer an event."""
+        with self._lock:
+            if self.failure is None:
+                self._send(protocol.encode(protocol.Acknowledge(serial, done)), [])
+
+    def _check(self) -> None:
+        if self.failure is not None:
+            self._room.release()
+            raise Revoked(f"the connection to the broker has ended: {self.failure}") from self.failure
+
+    def _send(self, frame: bytes, descriptors: list[int]) -> None:
+        """Send with the lock held. What cannot be sent is sent again by the thread when it has come back."""
+        rest = memoryview(frame)
+        ancillary = (
+            [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", descriptors))] if descriptors else []
+        )
+        try:
+            while rest:
+                sent = self._sock.sendmsg([rest], ancillary, socket.MSG_NOSIGNAL)
+                rest, ancillary = rest[sent:], []
+        except OSError:
+            with contextlib.suppress(OSError):
+                self._sock.shutdown(socket.SHUT_RDWR)
+
+    # The thread
+
+    def _run(self) -> None:
+        while not self._closing.is_set():
+            try:
+                self._read()
+            except (OSError, Malformed) as error:
+                if not self._come_back(error):
+                    return
+
+    def _read(self) -> None:
+        """Take what comes until the connection breaks.
+
+        Raises:
+            OSError: It broke.
+            Malformed: The broker sent what is no message.
+        """
+        frames = protocol.FrameReader()
+        try:
+            while True:
+                data, ancillary, _, _ = self._sock.recvmsg(1 << 16, _ANCILLARY_BYTES, socket.MSG_CMSG_CLOEXEC)
+                descriptors: list[int] = []
+                for level, kind, content in ancillary:
+                    if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
+                        descriptors += array.array("i", content[: len(content) - len(content) % _INT_BYTES])
+                if not data:
+                    raise ConnectionResetError(errno.ECONNRESET, "the broker closed the connection")
+                frames.feed(data, descriptors)
+                for payload, own in frames.frames():
+                    self._take(payload, own)
+        finally:
+            for descriptor in frames.descriptors:
+                os.close(descriptor)
+
+    def _take(self, payload: bytes, descriptors: list[int]) -> None:
+        try:
+            message = protocol.decode_reply(payload)
+        except BaseException:
+            for descriptor in descriptors:
+                os.close(descriptor)
+            raise
+        if not isinstance(message, protocol.Reply):
+            try:
+                self._on_event(message, descriptors)
+            except Exception:  # noqa: BLE001 - the thread must go on
+                _log.exception("an event of the broker could not be handled: %r", message)
+            return
+        with self._lock:
+            asked = self._asked.pop(message.id, None)
+        if asked is None:
+            for descriptor in descriptors:
+                os.close(descriptor)
+            return
+        asked.close()
+        if isinstance(message, protocol.Fault):
+            asked.future.set_exception(exception_of(message))
+            return
+        try:
+            result = asked.finish(message, descriptors)
+        except Exception as error:  # noqa: BLE001 - given to whoever asked
+            asked.future.set_exception(error)
+        else:
+            asked.future.set_result(result)
+
+    def _come_back(self, cause: Exception) -> bool:
+        """Connect again and ask again what has no reply; False if that is not to be."""
+        end = time.monotonic() + self._timeout
+        with self._lock:
+            self._sock.close()
+            while not self._closing.is_set():
+                try:
+                    sock, welcome = self._connect()
+                except (OSError, Stalled, Malformed, QuotaExceeded) as error:
+                    # Nothing tells when somebody listens again, so it is tried now and then.
+                    if time.monotonic() > end or self._closing.wait(_RETRY_SECONDS):
+                        self._fail(error)
+                        return False
+                    continue
+                if not welcome.resumed:
+                    sock.close()
+                    self._fail(cause)
+                    return False
+                self._sock = sock
+                for number in sorted(self._asked, key=lambda number: (number - self._last) % 2**32):
+                    self._send(self._asked[number].frame, self._asked[number].descriptors)
+                return True
+            self._fail(cause)
+            return False
+
+    def _fail(self, cause: Exception) -> None:
+        """End for good, with the lock held."""
+        self.failure = cause
+        for asked in self._asked.values():
+            asked.close()
+            asked.future.set_exception(Revoked(f"the connection to the broker has ended: {cause}"))
+        self._asked.clear()
+
+    def close(self) -> None:
+        """End the connection and wait for the thread. Idempotent."""
+        first = not self._closing.is_set()
+        self._closing.set()
+        if os.getpid() != self._pid:
+            self._sock.close()
+            return
+        if first and threading.current_thread() is not self._thread:
+            with contextlib.suppress(Revoked, TimeoutError):
+                self.submit(protocol.Bye, {}).result(self._timeout)
+        with contextlib.suppress(OSError):
+            self._sock.shutdown(socket.SHUT_RDWR)
+        if threading.current_thread() is not self._thread:
+            self._thread.join(self._timeout)
+        self._sock.close()
