@@ -1,5 +1,6 @@
 """``quire maps`` on real processes."""
 
+import argparse
 import csv
 import io
 import json
@@ -16,6 +17,7 @@ import pytest
 import quire
 from quire.commands import maps as command
 from quire.process import maps
+from quire.process.picture import picture
 
 CHILD = """
 import mmap, sys
@@ -116,12 +118,34 @@ def test_a_process_that_ends_between_samples(capsys: pytest.CaptureFixture[str])
         [sys.executable, "-c", CHILD], stdin=subprocess.PIPE, stdout=subprocess.PIPE
     ) as process:
         process.stdout.readline()
-        samples = command._samples(process.pid, 3, 0.001)
+        samples = command._samples(argparse.Namespace(pid=str(process.pid), interval=0.001), 3)
         assert len(next(samples)) > 10
         process.kill()
         process.wait()
         assert list(samples) == []
-    assert f"process {process.pid} has ended after 1 of 3 samples" in capsys.readouterr().err
+    assert "the process has ended after 1 of 3 samples" in capsys.readouterr().err
+
+
+def test_pages_of_the_child_are_drawn(child: subprocess.Popen[bytes]) -> None:
+    (drawn,) = picture([maps(child.pid)], pages=True).samples
+    (memory,) = (row for row in drawn.rows if row.kind == "shareable")
+    assert memory.pages.pages_per_cell == 1
+    assert memory.pages.resident == b"\x0f" * 256 + b"\0" * (4096 - 256)
+    assert memory.pages.shared == bytes(4096), "no other process has it"
+    code = next(row for row in drawn.rows if row.name.endswith("libc.so.6") and "x" in row.protection)
+    assert any(code.pages.shared), "this process has it too"
+
+
+def test_a_process_that_ends_before_its_pages_are_read() -> None:
+    with subprocess.Popen(
+        [sys.executable, "-c", CHILD], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    ) as process:
+        process.stdout.readline()
+        read = maps(process.pid)
+        process.kill()
+    drawn = picture([read], pages=True)
+    assert drawn.samples[0].note.startswith("pages are not shown: ")
+    assert drawn.samples[0].rows[0].pages is None
 
 
 @pytest.mark.parametrize(
@@ -201,4 +225,4 @@ def test_shows_itself_in_notebooks() -> None:
     assert set(shown) == {"text/plain", "text/html", "image/svg+xml"}
     assert shown["text/html"].startswith("<iframe ")
     assert ET.fromstring(shown["image/svg+xml"]).tag.endswith("svg")
-    assert found._repr_html_() == shown["text/html"]
+    assert found._repr_html_().startswith("<iframe ")

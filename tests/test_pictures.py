@@ -185,15 +185,19 @@ def test_changes() -> None:
     kept, gone, new = row(1, 1), row(3, 1), row(5, 1)
     grown = row(10, 1), row(10, 2)
     stack = row(100, 2, "stack"), row(90, 12, "stack")
+    split = row(150, 9), row(150, 3), row(153, 6)
     touched = row(200, 1, resident=0), row(200, 1, resident=PAGE)
     found = changes(
-        [kept, gone, grown[0], stack[0], touched[0]],
-        [kept, new, grown[1], stack[1], touched[1]],
+        [kept, gone, grown[0], stack[0], split[0], touched[0]],
+        [kept, new, grown[1], stack[1], split[1], split[2], touched[1]],
     )
     assert found == [
-        Change(gone, None), Change(None, new), Change(*grown), Change(*stack), Change(*touched),
+        Change(gone, None), Change(None, new), Change(*grown), Change(*stack), Change(*split[:2]),
+        Change(None, split[2]), Change(*touched),
     ]  # fmt: skip
-    assert [change.verb for change in found] == ["removed", "added", "grown", "grown", "changed"]
+    verbs = ["removed", "added", "grown", "grown", "shrunk", "added", "changed"]
+    assert [change.verb for change in found] == verbs
+    assert changes([row(1, 1, proportional=5)], [row(1, 1, proportional=6)]) == []
 
 
 # The line of addresses

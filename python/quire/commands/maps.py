@@ -6,7 +6,6 @@ import csv
 import json
 import os
 import sys
-import time
 from typing import TYPE_CHECKING
 
 from quire.errors import Unsupported
@@ -14,7 +13,7 @@ from quire.output import whole_file
 from quire.pictures.page import page
 from quire.pictures.still import still
 from quire.pictures.text import printable
-from quire.process import maps
+from quire.process import watch
 from quire.process.picture import picture
 
 if TYPE_CHECKING:
@@ -56,10 +55,10 @@ def run(args: argparse.Namespace) -> int:
                 raise ValueError("--top writes no files; use --samples")
             _top(args)
             return 0
-        samples = list(_samples(_pid(args.pid), args.samples or 1, args.interval))
+        samples = list(_samples(args, args.samples or 1))
         for path, draw in ((args.svg, still), (args.html, page)):
             if path is not None:
-                write(path, draw(picture(samples)), force=args.force)
+                write(path, draw(picture(samples, pages=draw is page)), force=args.force)
         _print(samples, args)
         sys.stdout.flush()
     except BrokenPipeError:
@@ -123,18 +122,14 @@ def _seconds(text: str) -> float:
     return seconds
 
 
-def _samples(pid: int, count: int, interval: float) -> Iterator[Maps]:
-    """Read so many times, now and then at multiples of the interval; fewer times if the process ends."""
-    begun = time.monotonic()
-    for number in range(count):
-        time.sleep(max(0.0, begun + number * interval - time.monotonic()))
-        try:
-            yield maps(pid)
-        except ProcessLookupError:
-            if not number:
-                raise
-            sys.stderr.write(f"quire maps: process {pid} has ended after {number} of {count} samples\n")
-            return
+def _samples(args: argparse.Namespace, count: int | None) -> Iterator[Maps]:
+    """Read so many times, or until the process ends; say so if it ended too early."""
+    taken = 0
+    for each in watch(_pid(args.pid), args.interval, samples=count):
+        taken += 1
+        yield each
+    if count is not None and taken < count:
+        sys.stderr.write(f"quire maps: the process has ended after {taken} of {count} samples\n")
 
 
 def _print(samples: Sequence[Maps], args: argparse.Namespace) -> None:
@@ -202,7 +197,7 @@ def _top(args: argparse.Namespace) -> None:
     first: Maps | None = None
     before: Maps | None = None
     with Live(console=screen, screen=screen.is_terminal, auto_refresh=False) as live:
-        for now in _samples(_pid(args.pid), args.samples or sys.maxsize, args.interval):
+        for now in _samples(args, args.samples):
             first = first or now
             live.update(terminal.top(picture((first, before or now, now)), screen), refresh=True)
             before = now

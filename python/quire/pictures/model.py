@@ -225,25 +225,31 @@ class Change(NamedTuple):
 def changes(before: Sequence[Row], after: Sequence[Row]) -> list[Change]:
     """Compare two samples.
 
-    Rows are the same VMA if they start at the same address with the same kind and name; failing that, if they
-    end at the same one (a stack grows down). What is in `details` and `pages` is not compared, nor are
-    proportional sizes, which other processes change.
+    Rows are the same VMA if they overlap and have the same name, each with one other at most. Neither details
+    and pages nor proportional sizes, which other processes change, are compared.
+
+    Args:
+        before: In the order of addresses, not overlapping.
+        after: The same.
 
     Returns:
         The rows that differ, in the order of addresses.
     """
-    left = list(before)
-    right = list(after)
     found: list[Change] = []
-    for end in (False, True):
-        there = {(row[end], row.kind, row.name): row for row in left}
-        rest = []
-        for row in right:
-            twin = there.pop((row[end], row.kind, row.name), None)
-            if twin is None:
-                rest.append(row)
-            elif twin[:-2] != row._replace(proportional=twin.proportional)[:-2]:
-                found.append(Change(twin, row))
-        left, right = list(there.values()), rest
-    found += [Change(row, None) for row in left] + [Change(None, row) for row in right]
+    gone = dict.fromkeys(before)
+    first = 0
+    for row in after:
+        while first < len(before) and before[first].end <= row.start:
+            first += 1
+        twin = None
+        at = first
+        while twin is None and at < len(before) and before[at].start < row.end:
+            if before[at] in gone and before[at].name == row.name:
+                twin = before[at]
+            at += 1
+        if twin is not None:
+            del gone[twin]
+        if twin is None or twin[:-2] != row._replace(proportional=twin.proportional)[:-2]:
+            found.append(Change(twin, row))
+    found += [Change(row, None) for row in gone]
     return sorted(found, key=lambda change: (change.after or change.before)[0])  # type: ignore[index]
