@@ -91,6 +91,7 @@ FORMATS = {
     "bitcode": (b"BC\xc0\xde" + bytes(20), "lli"),
     "pyc": (bytes.fromhex("a70d0d0a") + bytes(20), "Python"),
     "one": (b"\x7f", "no known format"),
+    "gzip": (b"\x1f\x8b\x08" + bytes(20), "quire image exec"),
     "fatelf": (b"\xfa\x70\x0e\x1f\1\0\1\0", "quire fatelf run"),
     "mz": (b"MZ\n", "shells and execvp"),
     "pe-cut": (b"MZ".ljust(60, b"\0") + b"\xff\xff\xff\xff", "DOSBox"),
@@ -210,6 +211,14 @@ print(json.dumps(why("{tmp_path}/mount/file").as_dict()))
 )
 def test_scripts(tmp_path: Folder, line: str) -> None:
     judged(made(tmp_path, line.encode()))
+
+
+def test_env_that_starts_the_same_script_for_ever(tmp_path: Folder) -> None:
+    # Only judged: it would run for ever.
+    path = made(tmp_path, b"#!/usr/bin/env again\n", name="again")
+    verdict = why(path, {"PATH": str(tmp_path)})
+    assert verdict.runs is False
+    assert "without end" in verdict.missing[0]
 
 
 def test_scripts_of_scripts(tmp_path: Folder, hello: Folder) -> None:
@@ -366,11 +375,14 @@ def test_members_and_bytes_are_judged_as_what_runs_from_memory(tmp_path: Folder,
     assert why(fat).errno == errno.ENOEXEC
     with zipfile.ZipFile(tmp_path / "app.zip", "w") as archive:
         archive.write(fat, "fat")
-    assert why(f"{tmp_path}/app.zip!/fat").runs
+    verdict = why(f"{tmp_path}/app.zip!/fat")
+    assert verdict.runs
+    assert [library.name for library in verdict.libraries] == ["libc.so.6"]
+    assert why(hello.as_uri()).runs
     other = native()._replace(machine=9999)
     fatelf.glue([head(other)], fat, force=True)
     verdict = why(fat.read_bytes())
-    assert f"they are for {machine_name(9999)}" in verdict.missing[0]
+    assert f"which are for {machine_name(9999)}" in verdict.missing[0]
     with pytest.raises(FileNotFoundError):
         why(f"{tmp_path}/app.zip!/none")
 

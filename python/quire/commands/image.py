@@ -62,7 +62,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
             )
             action.add_argument(
                 "--bias",
-                type=lambda text: int(text, 0),
+                type=_address,
                 default=0,
                 metavar="N",
                 help="how far from its own addresses it is loaded (0)",
@@ -72,6 +72,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     action = actions.add_parser("exec", help=summary, description=summary)
     action.add_argument("file", metavar="FILE", help="a program file; archive.zip!/member too")
     action.add_argument("arguments", metavar="ARG", nargs=argparse.REMAINDER, help="for the program")
+
+
+def _address(text: str) -> int:
+    try:
+        return int(text, 0)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is no number; write for example 0x10000") from None
 
 
 def run(args: argparse.Namespace) -> int:

@@ -10,7 +10,15 @@ from typing import TYPE_CHECKING
 
 from quire.errors import Malformed
 from quire.image.content import copy_to_memory, opened, pieces
-from quire.image.machines import IDENT_BYTES, Ident, identify, machine_name, machine_number, native
+from quire.image.machines import (
+    IDENT_BYTES,
+    Ident,
+    identify,
+    kernel_runs,
+    machine_name,
+    machine_number,
+    native,
+)
 from quire.output import whole_file
 from quire.sources import FileSource
 
@@ -29,6 +37,7 @@ __all__ = [
     "member",
     "problems",
     "record_for_this_machine",
+    "record_to_execute",
     "records",
     "select",
     "split",
@@ -263,6 +272,35 @@ def _for(source: Source, here: Ident) -> Record:
         there = ", ".join(record.target for record in found)
         raise LookupError(f"{source.name}: no record is for {here.name}; there are {there}")
     return max(fits, key=lambda record: record.ident.osabi)
+
+
+def record_to_execute(data: Content) -> Record:
+    """Find the program that the kernel would run.
+
+    What it runs itself comes before what it runs by a rule of ``binfmt_misc``, 64 bits before 32, what names
+    GNU before what names System V. Others' programs do not count.
+
+    Args:
+        data: A path, a source or bytes.
+
+    Raises:
+        LookupError: There is none; the message lists what there is.
+        Malformed: It is no good FatELF file.
+        OSError: It cannot be opened.
+        PageError: Its bytes cannot be had.
+        Unsupported: The machine allows no executable memfd, with which the kernel is asked.
+    """
+    with opened(data) as source:
+        found = records(source)
+        fits = [
+            ((how == "rule", -record.ident.bits, -record.ident.osabi), record)
+            for record in found
+            if record.ident.for_linux and (how := kernel_runs(record.ident)) is not None
+        ]
+        if not fits:
+            there = ", ".join(record.target for record in found)
+            raise LookupError(f"{source.name}: this kernel runs none of its programs, which are for {there}")
+        return min(fits, key=lambda fit: fit[0])[1]
 
 
 def member(data: Content, target: str | None = None) -> int:

@@ -105,6 +105,8 @@ def recognise(head: bytes, source: Source) -> Foreign:
         return Foreign(
             "a FatELF file", note="quire fatelf run starts the program in it that is for this machine"
         )
+    if head[:2] == b"\x1f\x8b" or head[:4] == b"\x28\xb5\x2f\xfd":
+        return Foreign("a compressed file", note="quire image exec runs the program in it, if it is one")
     for test in (_windows, _apple, _java, _wasm, _zip, _bytecode):
         found = test(head, source)
         if found is not None:

@@ -142,7 +142,7 @@ def kernel_runs(ident: Ident, flags: int | None = None) -> str | None:
     """Ask the kernel whether it runs programs for a machine, by executing one that cannot start.
 
     It is a header that names an interpreter that cannot be: the kernel gets to looking for it only if it
-    accepts the machine.
+    accepts the machine. The answer is remembered.
 
     Args:
         ident: What the program is for.

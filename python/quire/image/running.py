@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from quire.errors import QuireError, Unsupported
 from quire.image import binfmt, fatelf, script
 from quire.image.content import copy_to_memory, opened
-from quire.image.machines import kernel_runs
 from quire.sources import FileSource, Source
 
 if TYPE_CHECKING:
@@ -148,7 +147,7 @@ def _program(source: Source) -> _Program:
     head = source.read(0, min(script.HEAD_BYTES, source.size))
     offset, size = 0, source.size
     if fatelf.is_fatelf(head):
-        record = _executable_record(source)
+        record = fatelf.record_to_execute(source)
         offset, size = record.offset, record.size
         head = source.read(offset, min(script.HEAD_BYTES, size))
     elif isinstance(source, FileSource):
@@ -156,20 +155,6 @@ def _program(source: Source) -> _Program:
     by_path = script.is_script(head) or _has_rule(head)
     fd = copy_to_memory(source, offset, size, name=os.path.basename(source.name))
     return _Program(source.name, fd, by_path=by_path)
-
-
-def _executable_record(source: Source) -> fatelf.Record:
-    """Choose a record that the kernel runs: itself before by a rule, of 64 bits before of 32, GNU's first."""
-    found = fatelf.records(source)
-    fits = []
-    for record in found:
-        how = kernel_runs(record.ident)
-        if how is not None and record.ident.for_linux:
-            fits.append(((how == "rule", -record.ident.bits, -record.ident.osabi), record))
-    if not fits:
-        there = ", ".join(record.target for record in found)
-        raise LookupError(f"{source.name}: this kernel runs none of its programs, which are for {there}")
-    return min(fits, key=lambda fit: fit[0])[1]
 
 
 def _has_rule(head: bytes) -> bool:

@@ -89,7 +89,7 @@ def why(target: Content, environ: Mapping[str, str] | None = None) -> Verdict:
     judge = _Judge(os.environ if environ is None else environ)
     if isinstance(target, str | os.PathLike):
         path = os.fspath(target)
-        if "!/" not in path or os.path.exists(path):
+        if ("!/" not in path and "://" not in path) or os.path.exists(path):
             verdict = Verdict(path)
             judge.executed(verdict, path, 0)
             return verdict
@@ -104,6 +104,7 @@ class _Judge:
 
     def __init__(self, environ: Mapping[str, str]) -> None:
         self._environ = environ
+        self._by_env: set[str] = set()
         try:
             self._rules = binfmt.rules()
             self._unseen = ""
@@ -145,14 +146,12 @@ class _Judge:
             self._content(verdict, source, None, 0)
             return
         try:
-            records = fatelf.records(source)
-        except Malformed as error:
+            record = fatelf.record_to_execute(source)
+            verdict.steps.append(f"quire takes the program for {record.target} out of {source.name}")
+            image = ElfImage(source, source.name, record.offset, record.size)
+            self._elf_image(verdict, image, source.name, None)
+        except (Malformed, LookupError) as error:
             _fails(verdict, errno.ENOEXEC, str(error))
-            return
-        verdict.steps.append(f"quire takes the record for this machine out of {len(records)}")
-        if not any(record.ident.for_linux and kernel_runs(record.ident) for record in records):
-            there = ", ".join(record.target for record in records)
-            _fails(verdict, errno.ENOEXEC, f"none of its programs is for this machine; they are for {there}")
 
     def _content(self, verdict: Verdict, source: Source, path: str | None, level: int) -> None:
         name = source.name if path is None else path
@@ -214,6 +213,10 @@ class _Judge:
             _fails(verdict, 0, f"env does not find {program} on PATH")
             return
         verdict.steps.append(f"env finds {program} at {place}")
+        if place in self._by_env:
+            _fails(verdict, 0, f"env starts {place} again, without end")
+            return
+        self._by_env.add(place)
         below = Verdict(place)
         self.executed(below, place, 0)
         verdict.runs = below.runs
@@ -234,7 +237,11 @@ class _Judge:
             _fails(verdict, errno.ENOEXEC, f"{name} is an ELF file of kind {image.kind!r}, not a program")
             return
         ident = Ident(image.machine_number, image.os_abi, image.abi_version, image.bits, image.byte_order)
-        how = kernel_runs(ident, image.flags)
+        try:
+            how = kernel_runs(ident, image.flags)
+        except Unsupported as error:
+            _unsure(verdict, f"whether the kernel runs such programs cannot be tried: {error}")
+            return
         machine = f"{image.machine} ({image.bits} bits, {image.byte_order}-endian)"
         if how is None:
             _fails(verdict, errno.ENOEXEC, f"this kernel does not run programs for {machine}, as {name} is")
@@ -270,8 +277,12 @@ class _Judge:
                     f"{interpreter} comes with the C library for {image.machine}, {image.bits} bits"
                 )
             return
-        with FileSource(interpreter) as source:
-            ident = identify(source.read(0, min(IDENT_BYTES, source.size)))
+        try:
+            with FileSource(interpreter) as source:
+                ident = identify(source.read(0, min(IDENT_BYTES, source.size)))
+        except PermissionError:
+            _unsure(verdict, f"{interpreter} may not be read by this user, so what it is cannot be told")
+            return
         if ident is None or (ident.machine, ident.bits) != (image.machine_number, image.bits):
             _fails(verdict, _ELIBBAD, f"{interpreter} is no ELF file for {image.machine}")
             return
