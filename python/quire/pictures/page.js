@@ -176,7 +176,7 @@ const COLUMNS = [
   ...FIGURES.filter((key) => key !== "committed" && data.figures.includes(key)).map((key) => ({
     key, title: key[0].toUpperCase() + key.slice(1), width: key === "proportional" ? "16ch" : "13ch", number: true, value: (row) => rows[key][row] ?? -1,
     text: (row) => bytes(rows[key][row]) })),
-  { key: "name", title: "Name", width: "minmax(44ch, 1fr)", value: nameOf, text: nameOf },
+  { key: "name", title: "Name", width: "minmax(34ch, 1fr)", value: nameOf, text: nameOf },
 ];
 let entries = [];
 let compared = { changed: new Map(), gone: [] };
@@ -218,6 +218,8 @@ function drawTable(again) {
   if (again) {
     findEntries();
     $("grid").style.setProperty("--columns", columns().map((column) => column.width).join(" "));
+    const least = columns().reduce((sum, column) => sum + parseInt(column.width.replace("minmax(", ""), 10), 0);
+    $("grid").style.setProperty("--least", `${least}ch`);
     $("head").replaceChildren(...columns().map((column, number) => {
       const sorted = state.sort === column.key;
       const button = element("button", { type: "button", tabindex: "-1" }, column.title + (sorted ? (state.descending ? " ▼" : " ▲") : ""));
@@ -307,7 +309,8 @@ function select(row) {
     const facts = [["Address", COLUMNS[0].text(row)], ["Size", `${bytes(sizeOf(row))} (${sizeOf(row) / PAGE} pages)`],
       ["Kind", kindOf(row).name], ["Protection", data.protections[rows.protection[row]]], ["Name", nameOf(row)],
       ...FIGURES.map((key) => [key[0].toUpperCase() + key.slice(1), bytes(rows[key][row])]), ...data.details[rows.details[row]]];
-    $("facts").replaceChildren(...facts.filter(([, text]) => text).flatMap(([label, text]) => [element("dt", {}, label), element("dd", {}, text)]));
+    $("facts").replaceChildren(...facts.filter(([, text]) => text).map(([label, text]) =>
+      element("div", {}, element("dt", {}, label), element("dd", {}, text))));
     $("status").textContent = describe(row);
   } else {
     $("status").textContent = "";
