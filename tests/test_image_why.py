@@ -74,6 +74,10 @@ def test_programs(tmp_path: Folder, hello: Folder) -> None:
     pie = compiled_program(tmp_path, HELLO, "static-pie", "-static-pie")
     assert "statically linked" in judged(pie).steps[-1]
     assert judged(sys.executable).runs
+    linker = read(hello).interpreter
+    assert linker is not None
+    assert why(linker).runs
+    assert outcome(linker) in ("runs", "fails"), "without an argument it says how it is used"
 
 
 FORMATS = {

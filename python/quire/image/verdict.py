@@ -258,6 +258,8 @@ class _Judge:
             self._linker(verdict, image, path, interpreter)
         elif image.kind == "executable":
             verdict.steps.append("it is statically linked: no dynamic linker is started")
+        elif _is_glibc(image.soname or ""):
+            verdict.steps.append("it is a dynamic linker, which runs the program that is its argument")
         elif image.entry:
             _unsure(
                 verdict,
