@@ -9,10 +9,10 @@ from pathlib import Path
 # Threads of a linear algebra library would be stopped by every fork, at the cost of the peer.
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
-from benches import diff, faults, growth, handover, machine, regions, report, starting, versions, wheels
+from benches import diff, faults, growth, handover, machine, maps, regions, report, starting, versions, wheels
 from benches.common import FULL, QUICK
 
-ROWS = ("versions", "handover", "diff", "first", "faults", "regions", "wheels", "import", "growth")
+ROWS = ("versions", "handover", "diff", "first", "faults", "regions", "wheels", "maps", "import", "growth")
 
 
 def main() -> int:
@@ -53,6 +53,8 @@ def main() -> int:
         rows += regions.measure(plan)
     if announce("wheels"):
         rows += wheels.measure(plan)
+    if announce("maps"):
+        rows += maps.measure(plan)
     started = starting.measure(plan) if announce("import") else None
     grown = growth.measure(plan) if announce("growth") else None
     report.write(

@@ -6,10 +6,9 @@ import struct
 from hypothesis import given
 from hypothesis import strategies as st
 
-from quire import _native
 from quire.process import Kind
 from quire.process.kinds import classify
-from quire.process.parsing import Row, parse, without_repeats
+from quire.process.parsing import Columns, parse, without_repeats
 
 MIB = 1 << 20
 LINES = [
@@ -54,21 +53,33 @@ def simply(lines: list[bytes]) -> list[tuple[int, dict[str, int], int]]:
 @given(st.lists(st.sampled_from(LINES)))
 def test_any_lines_in_any_order(lines: list[bytes]) -> None:
     text = b"".join(line + b"\n" for line in lines)
-    rows, unknown = _native.parse_maps(text)
+    problems: list[str] = []
+    rows = list(zip(*parse(text, problems), strict=True))
     read = [
         (row[0], dict(zip(row[8], struct.unpack(f"={len(row[8])}Q", row[9]), strict=True)), len(row[10]))
         for row in rows
     ]
     assert read == simply(lines)
     # Nothing is dropped: each line is a VMA, a figure, a text, or handed back.
-    assert len(lines) == len(rows) + sum(len(row[8]) + len(row[10]) for row in rows) + len(unknown)
+    assert len(lines) == len(rows) + sum(len(row[8]) + len(row[10]) for row in rows) + len(problems)
 
 
 @given(st.binary())
 def test_any_bytes(text: bytes) -> None:
     problems: list[str] = []
     rows = parse(text, problems)
-    assert rows or problems or not text
+    assert rows.start or problems or not text
+
+
+Row = tuple[object, ...]
+
+
+def columns(rows: list[Row]) -> Columns:
+    return Columns._make(list(column) for column in zip(*rows, strict=True))
+
+
+def once(rows: list[Row], problems: list[str]) -> list[Row]:
+    return list(zip(*without_repeats(columns(rows), problems), strict=True))
 
 
 def row(start: int, end: int, protection: str = "rw-p", name: bytes = b"", inode: int = 0) -> Row:
@@ -77,19 +88,19 @@ def row(start: int, end: int, protection: str = "rw-p", name: bytes = b"", inode
 
 def test_what_was_read_twice_is_given_once() -> None:
     problems: list[str] = []
-    assert without_repeats([row(0, 2), row(2, 3), row(5, 9)], problems) == [row(0, 2), row(2, 3), row(5, 9)]
+    assert once([row(0, 2), row(2, 3), row(5, 9)], problems) == [row(0, 2), row(2, 3), row(5, 9)]
     assert problems == []
     # It grew after it had been read.
-    assert without_repeats([row(0, 2), row(2, 3), row(2, 6), row(7, 8)], problems) == [
+    assert once([row(0, 2), row(2, 3), row(2, 6), row(7, 8)], problems) == [
         row(0, 2),
         row(2, 6),
         row(7, 8),
     ]
     assert len(problems) == 1
     # It was merged with those before.
-    assert without_repeats([row(1, 2), row(2, 3), row(0, 6)], []) == [row(0, 6)]
+    assert once([row(1, 2), row(2, 3), row(0, 6)], []) == [row(0, 6)]
     # Something new lies over its end.
-    assert without_repeats([row(0, 4), row(3, 6)], []) == [row(0, 3), row(3, 6)]
+    assert once([row(0, 4), row(3, 6)], []) == [row(0, 3), row(3, 6)]
 
 
 def test_kinds_that_are_rare() -> None:
@@ -114,7 +125,7 @@ def test_kinds_that_are_rare() -> None:
     ]
     rows = [each for each, _ in cases]
     expected = [kind for _, kind in cases]
-    assert classify(rows, [7 * arena + MIB + 5], threads=2) == expected
+    assert classify(columns(rows), [7 * arena + MIB + 5], threads=2) == expected
     # With one thread a guard page proves nothing.
-    alone = classify(rows, [], threads=1)
+    alone = classify(columns(rows), [], threads=1)
     assert alone[-2:] == [Kind.PRIVATE, Kind.PRIVATE]

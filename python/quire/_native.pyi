@@ -404,25 +404,16 @@ def zygote_source(control: int, *, size: int, parallel: int, timeout: float, fet
 def parse_maps(
     text: bytes,
 ) -> tuple[
-    list[
-        tuple[
-            int,
-            int,
-            str,
-            int,
-            int,
-            int,
-            int,
-            bytes,
-            tuple[str, ...],
-            bytes,
-            tuple[tuple[str, bytes], ...],
-        ]
-    ],
+    list[int],
+    list[int],
+    list[str],
+    tuple[list[int], list[int], list[int], list[int], list[bytes]],
+    tuple[list[tuple[str, ...]], list[bytes], list[tuple[tuple[str, bytes], ...]]],
     list[bytes],
 ]:
-    """Parse ``/proc/PID/maps`` or ``smaps``, without the GIL: (rows, lines that were not understood).
+    """Parse ``/proc/PID/maps`` or ``smaps``, without the GIL. Columns, with an item for each VMA, and the rest.
 
-    A row is (start, end, protection, offset, major, minor, inode, name as it stands there, names of figures, the
-    figures as native-endian u64 with sizes in bytes, lines that are no figures as pairs of name and value).
+    (start, end, protection, (offset, major, minor, inode, name as it stands there), (names of figures, the figures as
+    native-endian u64 with sizes in bytes, lines that are no figures as pairs of name and value), lines that were not
+    understood)
     """

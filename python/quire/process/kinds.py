@@ -4,15 +4,12 @@ from __future__ import annotations
 
 import bisect
 import enum
-from operator import itemgetter
-from typing import TYPE_CHECKING, Final, NamedTuple
-
-from quire.process.parsing import END, NAME, START
+from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Sequence
+    from collections.abc import Collection
 
-    from quire.process.parsing import Row
+    from quire.process.parsing import Columns
 
 __all__ = ["Kind", "Total", "classify"]
 
@@ -75,11 +72,6 @@ _SHARED_MEMORY = (
     b"anon_inode:",
 )
 _QUIRE = (b"/memfd:quire-", b"/memfd:quire:")
-_PROTECTION: Final = 2
-_MAJOR: Final = 4
-_MINOR: Final = 5
-_INODE: Final = 6
-_ESSENCE = itemgetter(_PROTECTION, _INODE, NAME)
 _PRIVATE_ACCESSIBLE = frozenset(
     f"{r}{w}{x}p" for r in "r-" for w in "w-" for x in "x-" if f"{r}{w}{x}" != "---"
 )
@@ -88,45 +80,47 @@ _ARENA_BYTES = 64 << 20
 _MOST_GUARD_BYTES = 64 << 10
 
 
-def classify(rows: Sequence[Row], stack_pointers: Collection[int] = (), threads: int = 1) -> list[Kind]:
+def classify(columns: Columns, stack_pointers: Collection[int] = (), threads: int = 1) -> list[Kind]:
     """Tell the kind of each VMA.
 
     Args:
-        rows: All VMAs of a process, ascending.
+        columns: All VMAs of a process, ascending.
         stack_pointers: Where stacks of threads are known to be.
         threads: How many threads the process has.
 
     Returns:
         A kind for each VMA. Where two would do, the more special one.
     """
+    starts, ends, protections, inodes, names = (
+        columns.start,
+        columns.end,
+        columns.protection,
+        columns.inode,
+        columns.name,
+    )
+    files = list(zip(columns.major, columns.minor, inodes, strict=True))
     programs = {
-        (row[_MAJOR], row[_MINOR], row[_INODE])
-        for row in rows
-        if row[_INODE] and row[_PROTECTION][2] == "x" and not row[NAME].startswith(_SHARED_MEMORY)
+        file
+        for file, protection, name in zip(files, protections, names, strict=True)
+        if file[2] and protection[2] == "x" and not name.startswith(_SHARED_MEMORY)
     }
     # Where there are many VMAs, nearly all are private memory without a name: only the others are looked at.
-    kinds = [Kind.PRIVATE] * len(rows)
-    special = [
-        place
-        for place, (protection, inode, name) in enumerate(map(_ESSENCE, rows))
-        if name or inode or protection not in _PRIVATE_ACCESSIBLE
-    ]
-    for place in special:
-        row = rows[place]
-        program = (row[_MAJOR], row[_MINOR], row[_INODE]) in programs
-        kinds[place] = _by_name(row[NAME], row[_INODE], row[_PROTECTION], program)
+    kinds = [Kind.PRIVATE] * len(starts)
+    for place, (protection, inode, name) in enumerate(zip(protections, inodes, names, strict=True)):
+        if name or inode or protection not in _PRIVATE_ACCESSIBLE:
+            kinds[place] = _by_name(name, inode, protection, files[place] in programs)
     pointers = sorted(stack_pointers)
     if threads > 1 or pointers:
-        for place, row in enumerate(rows):
-            if kinds[place] is Kind.PRIVATE and (
-                _is_any_within(pointers, row[START], row[END])
-                or (place and row[_PROTECTION][:2] == "rw" and _is_guard(rows[place - 1], row[START]))
+        for place, kind in enumerate(kinds):
+            if kind is Kind.PRIVATE and (
+                _is_any_within(pointers, starts[place], ends[place])
+                or (place and protections[place][:2] == "rw" and _is_guard(columns, place - 1, starts[place]))
             ):
                 kinds[place] = Kind.STACK
-    aligned = [place for place, start in enumerate(map(itemgetter(START), rows)) if not start % _ARENA_BYTES]
+    aligned = [place for place, start in enumerate(starts) if not start % _ARENA_BYTES]
     for place in aligned:
-        whole = _arena_end(rows, place) == rows[place][START] + _ARENA_BYTES
-        if kinds[place] is Kind.PRIVATE and rows[place][_PROTECTION][:2] == "rw" and whole:
+        whole = _arena_end(columns, place) == starts[place] + _ARENA_BYTES
+        if kinds[place] is Kind.PRIVATE and protections[place][:2] == "rw" and whole:
             kinds[place] = Kind.HEAP
     return kinds
 
@@ -156,21 +150,21 @@ def _is_any_within(ascending: list[int], start: int, end: int) -> bool:
     return place < len(ascending) and ascending[place] < end
 
 
-def _is_guard(row: Row, end: int) -> bool:
+def _is_guard(columns: Columns, place: int, end: int) -> bool:
     """Tell whether a VMA is what pthreads has below a stack: small, private, inaccessible."""
     return (
-        row[END] == end
-        and row[_PROTECTION] == "---p"
-        and not row[_INODE]
-        and end - row[START] <= _MOST_GUARD_BYTES
+        columns.end[place] == end
+        and columns.protection[place] == "---p"
+        and not columns.inode[place]
+        and end - columns.start[place] <= _MOST_GUARD_BYTES
     )
 
 
-def _arena_end(rows: Sequence[Row], place: int) -> int:
+def _arena_end(columns: Columns, place: int) -> int:
     """Tell where a VMA ends together with a reservation behind it: these two make an arena of glibc."""
-    end = rows[place][END]
-    if place + 1 < len(rows):
-        after = rows[place + 1]
-        if after[START] == end and after[_PROTECTION] == "---p" and not after[_INODE]:
-            return after[END]
-    return end
+    end = columns.end[place]
+    after = place + 1
+    if after == len(columns.start) or columns.start[after] != end:
+        return end
+    is_reservation = columns.protection[after] == "---p" and not columns.inode[after]
+    return columns.end[after] if is_reservation else end

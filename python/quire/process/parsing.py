@@ -2,23 +2,35 @@
 
 from __future__ import annotations
 
-from operator import itemgetter, le
-from typing import Final
+from operator import le
+from typing import NamedTuple
 
 from quire import _native
 
-__all__ = ["END", "NAME", "START", "Row", "parse", "without_repeats"]
-
-Row = tuple[int, int, str, int, int, int, int, bytes, tuple[str, ...], bytes, tuple[tuple[str, bytes], ...]]
-"""One VMA as it stands there; the fields are those of `quire.process.VMA`, without the kind."""
-
-START: Final = 0
-END: Final = 1
-NAME: Final = 7
-"""Places in a row."""
+__all__ = ["Columns", "parse", "without_repeats"]
 
 
-def parse(text: bytes, problems: list[str]) -> list[Row]:
+class Columns(NamedTuple):
+    """VMAs as they stand there, each list with an item for each VMA.
+
+    Columns and not rows, because a process may have ten thousands of VMAs: an object less for each. Each
+    means what the field of `quire.process.VMA` means, but that newlines in names are escaped.
+    """
+
+    start: list[int]
+    end: list[int]
+    protection: list[str]
+    offset: list[int]
+    major: list[int]
+    minor: list[int]
+    inode: list[int]
+    name: list[bytes]
+    keys: list[tuple[str, ...]]
+    figures: list[bytes]
+    texts: list[tuple[tuple[str, bytes], ...]]
+
+
+def parse(text: bytes, problems: list[str]) -> Columns:
     """Parse the whole content of ``maps`` or ``smaps``, without the GIL.
 
     Args:
@@ -26,36 +38,37 @@ def parse(text: bytes, problems: list[str]) -> list[Row]:
         problems: What was not understood is added here, in words.
 
     Returns:
-        The VMAs as they stand there, with newlines in names escaped. From ``maps`` they have no figures.
+        The VMAs in the order of the text. From ``maps`` they have no figures.
     """
-    rows, unknown = _native.parse_maps(text)
+    start, end, protection, file, details, unknown = _native.parse_maps(text)
     problems += (f"a line is none that this version knows: {line[:200]!r}" for line in unknown)
-    return rows
+    return Columns(start, end, protection, *file, *details)
 
 
-def without_repeats(rows: list[Row], problems: list[str]) -> list[Row]:
+def without_repeats(columns: Columns, problems: list[str]) -> Columns:
     """Drop VMAs that were read again after they had changed; keep what was read last.
 
     Args:
-        rows: In the order in which they were read.
+        columns: In the order in which they were read.
         problems: What was dropped is added here, in words.
 
     Returns:
-        Ascending rows, none overlapping another.
+        Ascending VMAs, none overlapping another.
     """
-    if all(map(le, map(itemgetter(END), rows), map(itemgetter(START), rows[1:]))):
-        return rows
-    kept: list[Row] = []
+    if all(map(le, columns.end, columns.start[1:])):
+        return columns
+    kept: list[int] = []
+    ends = list(columns.end)
     changed = 0
-    for row in rows:
-        start = row[START]
-        while kept and kept[-1][START] >= start:
+    for place, start in enumerate(columns.start):
+        while kept and columns.start[kept[-1]] >= start:
             kept.pop()
             changed += 1
-        if kept and kept[-1][END] > start:
+        if kept and ends[kept[-1]] > start:
             # The rest of the older one may still be there. Its figures stay those of the whole.
-            kept[-1] = (kept[-1][START], start, *kept[-1][2:])
+            ends[kept[-1]] = start
             changed += 1
-        kept.append(row)
+        kept.append(place)
     problems.append(f"{changed} VMAs changed while they were read; they are given as they were read last")
-    return kept
+    chosen = [[column[place] for place in kept] for column in columns._replace(end=ends)]
+    return Columns._make(chosen)

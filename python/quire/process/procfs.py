@@ -14,8 +14,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Folder", "Identity"]
 
-_CHUNK_BYTES = 1 << 24
-"""Larger than nearly all files, which then need not be put together; what is not used is never touched."""
+_CHUNK_BYTES = 1 << 20
 _PF_KTHREAD = 0x0020_0000
 
 

@@ -14,7 +14,6 @@ import numpy as np
 from quire.process import owned, parsing
 from quire.process.kinds import Kind, Total, classify
 from quire.process.pages import read_pages
-from quire.process.parsing import END, NAME, START
 from quire.process.procfs import Folder
 from quire.process.vma import VMA
 
@@ -25,12 +24,14 @@ if TYPE_CHECKING:
 
     from quire.process.finding import Found
     from quire.process.pages import Pages
-    from quire.process.parsing import Row
+    from quire.process.parsing import Columns
     from quire.process.procfs import Identity
 
 __all__ = ["Detail", "Maps", "Process", "maps"]
 
 Detail = Literal["maps", "smaps"]
+_Table = tuple[tuple[str, ...], "NDArray[np.int64]", "NDArray[np.uint64]"]
+"""Names of figures, places of VMAs, and a row of figures for each."""
 
 _STACK_GUARD_BYTES = 256 * os.sysconf("SC_PAGESIZE")
 """What the kernel keeps free below a stack, unless it was started with another ``stack_guard_gap``."""
@@ -69,7 +70,7 @@ class Maps(Sequence[VMA]):
         page_table_bytes: Memory that the kernel holds for the process's page tables; None if it was not told.
     """
 
-    __slots__ = ("_starts", "_vmas", "detail", "page_table_bytes", "partial", "process")
+    __slots__ = ("_figures", "_starts", "_vmas", "detail", "page_table_bytes", "partial", "process")
 
     def __init__(
         self,
@@ -85,6 +86,7 @@ class Maps(Sequence[VMA]):
         self.page_table_bytes = page_table_bytes
         self._vmas = tuple(vmas)
         self._starts = [vma.start for vma in self._vmas]
+        self._figures: list[_Table] | None = None
 
     @property
     def pid(self) -> int:
@@ -121,12 +123,28 @@ class Maps(Sequence[VMA]):
             An array with a number for each VMA, sizes in bytes; -1 where it was not told.
         """
         values = np.full(len(self._vmas), -1, np.int64)
-        for keys in {vma.keys for vma in self._vmas}:
+        for keys, places, figures in self._tables():
             if key in keys:
-                places = [place for place, vma in enumerate(self._vmas) if vma.keys == keys]
-                packed = np.frombuffer(b"".join([self._vmas[place].figures for place in places]), np.uint64)
-                values[places] = packed.reshape(len(places), len(keys))[:, keys.index(key)]
+                values[places] = figures[:, keys.index(key)]
         return values
+
+    def _tables(self) -> list[_Table]:
+        """Put the figures of VMAs that have the same ones in one table; nearly always there is one."""
+        if self._figures is None:
+            places: dict[tuple[str, ...], list[int]] = {}
+            for place, vma in enumerate(self._vmas):
+                places.setdefault(vma.keys, []).append(place)
+            self._figures = [
+                (
+                    keys,
+                    np.array(own, np.int64),
+                    np.frombuffer(b"".join([self._vmas[place].figures for place in own]), np.uint64).reshape(
+                        len(own), len(keys)
+                    ),
+                )
+                for keys, own in places.items()
+            ]
+        return self._figures
 
     def pages(self, which: VMA | tuple[int, int]) -> Pages:
         """Read which pages of a range are in memory or swapped out, at this moment.
@@ -296,7 +314,7 @@ def _read(folder: Folder, detail: Detail, last: bool) -> Maps | None:
     process = Process(
         before.pid, before.command, before.start_ticks, before.threads, time.time(), time.monotonic()
     )
-    rows = parsing.parse(folder.read(detail), problems)
+    columns = parsing.parse(folder.read(detail), problems)
     page_tables, pointers = None, []
     try:
         page_tables = folder.status_bytes().get("VmPTE")
@@ -305,7 +323,7 @@ def _read(folder: Folder, detail: Detail, last: bool) -> Maps | None:
         after: Identity | None = folder.identity()
     except ProcessLookupError:
         after = None
-    if not rows:
+    if not columns.start:
         problems.append(_why_empty(before.pid, before, after))
     elif after is None or after.state in "ZX":
         problems.append(f"process {before.pid} ended while it was read")
@@ -313,13 +331,14 @@ def _read(folder: Folder, detail: Detail, last: bool) -> Maps | None:
         if not last:
             return None
         problems.append(f"process {before.pid} called execve while it was read")
-    rows = parsing.without_repeats(rows, problems)
-    if any(b"\\012" in name for name in {row[NAME] for row in rows}):
-        rows = [_with_exact_name(folder, row, problems) for row in rows]
-    kinds = classify(rows, pointers, before.threads)
+    columns = parsing.without_repeats(columns, problems)
+    for place, name in enumerate(columns.name):
+        if b"\\012" in name:
+            columns.name[place] = _exact_name(folder, columns, place, problems)
+    kinds = classify(columns, pointers, before.threads)
     if before.pid == os.getpid():
-        _mark_own(rows, kinds)
-    vmas = [VMA._make((*row, kind)) for row, kind in zip(rows, kinds, strict=True)]
+        _mark_own(columns, kinds)
+    vmas = map(VMA._make, zip(*columns, kinds, strict=True))
     return Maps(process, detail, vmas, problems, page_tables)
 
 
@@ -351,23 +370,19 @@ def _stack_pointers(folder: Folder, problems: list[str]) -> list[int]:
     return found
 
 
-def _mark_own(rows: list[Row], kinds: list[Kind]) -> None:
+def _mark_own(columns: Columns, kinds: list[Kind]) -> None:
     """Mark the private memory of this library's objects, which has no name that tells it."""
-    starts = [row[START] for row in rows]
     for start, end in owned.ranges():
-        for place in range(bisect.bisect_left(starts, start), bisect.bisect_left(starts, end)):
-            if rows[place][END] <= end:
+        first, last = bisect.bisect_left(columns.start, start), bisect.bisect_left(columns.start, end)
+        for place in range(first, last):
+            if columns.end[place] <= end:
                 kinds[place] = Kind.QUIRE
 
 
-def _with_exact_name(folder: Folder, row: Row, problems: list[str]) -> Row:
+def _exact_name(folder: Folder, columns: Columns, place: int, problems: list[str]) -> bytes:
     """Undo the kernel's escape of newlines, which looks the same as a name that holds a backslash and 012."""
-    if b"\\012" not in row[NAME]:
-        return row
     try:
-        name = folder.readlink(f"map_files/{row[START]:x}-{row[END]:x}")
+        return folder.readlink(f"map_files/{columns.start[place]:x}-{columns.end[place]:x}")
     except OSError as error:
         problems.append(f"a name is as the kernel writes it, with newlines as \\012, because {error}")
-        return row
-    fields: Row = (*row[:NAME], name, *row[NAME + 1 :])  # type: ignore[assignment]
-    return fields
+        return columns.name[place]
