@@ -417,3 +417,9 @@ def parse_maps(
     native-endian u64 with sizes in bytes, lines that are no figures as pairs of name and value), lines that were not
     understood)
     """
+
+def spawn_calls(first: int) -> int:
+    """Fork a child that makes the system calls of a list of records and nothing else; its pid."""
+
+def calls_code_address() -> int:
+    """Where the code is that such a child runs, in one page."""

@@ -1,5 +1,6 @@
 //! The module `quire._native`: a thin binding of `quire-core`. No logic lives here.
 
+mod calls;
 mod door;
 mod elf;
 mod errors;
@@ -46,5 +47,7 @@ fn _native(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add_function(wrap_pyfunction!(procmaps::parse_maps, module)?)?;
     module.add_function(wrap_pyfunction!(remote::program_source, module)?)?;
     module.add_function(wrap_pyfunction!(remote::zygote_source, module)?)?;
+    module.add_function(wrap_pyfunction!(calls::spawn_calls, module)?)?;
+    module.add_function(wrap_pyfunction!(calls::calls_code_address, module)?)?;
     Ok(())
 }

@@ -8,7 +8,8 @@ from quire.space.address_space import AddressSpace
 from quire.space.faults import Fault, FaultKind
 from quire.space.machine import Machine
 from quire.space.outcome import CallError, Change, Outcome
-from quire.space.rules import Rules, running_rules
+from quire.space.probing import running_rules
+from quire.space.rules import Rules
 from quire.space.vma import VMA, AnonVma, File
 
 __all__ = [

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Self
 
-from quire.space import faults, forking, mapping, protecting, remapping
+from quire.space import faults, forking, mapping, protecting, remapping, text
 from quire.space.accounting import Sizes, sizes
 from quire.space.constants import PAGE_SHIFT
 from quire.space.outcome import CallError
 from quire.space.pages import GUARD, ZERO
-from quire.space.rules import running_rules
+from quire.space.probing import running_rules
 from quire.space.state import State
 
 if TYPE_CHECKING:
@@ -240,11 +240,17 @@ class AddressSpace:
 
     def name_of(self, vma: VMA) -> str:
         """Return what a map shows as the name of a VMA: a path, ``[heap]``, or nothing."""
+        return text.name_of(self._state, vma)
+
+    def maps_text(self) -> str:
+        """Return the space as /proc/PID/maps would show it."""
+        return text.maps_text(self._state)
+
+    def insert(self, vma: VMA) -> None:
+        """Add a VMA as it is, uncharged: what was there before the first call. Its range must be free."""
+        self._state.tree.insert(vma)
         if vma.file is not None:
-            return vma.file.name
-        if vma.start < self._state.brk_now and vma.end > self._state.brk_start:
-            return "[heap]"
-        return ""
+            vma.file.mappings += 1
 
     def check(self) -> None:
         """Check the invariants of the model; AssertionError if one does not hold."""

@@ -53,11 +53,14 @@ VM_MAYWRITE: Final = 0x20
 VM_MAYEXEC: Final = 0x40
 VM_MAYSHARE: Final = 0x80
 VM_GROWSDOWN: Final = 0x100
+VM_MAYBE_GUARD: Final = 0x800
 VM_DONTCOPY: Final = 0x20000
 VM_ACCOUNT: Final = 0x100000
 VM_NORESERVE: Final = 0x200000
 VM_WIPEONFORK: Final = 0x2000000
 
+VM_STICKY: Final = VM_MAYBE_GUARD
+"""Flags that keep no VMAs apart: what they merge into has those of all."""
 VM_ACCESS: Final = VM_READ | VM_WRITE | VM_EXEC
 VM_MAYACCESS: Final = VM_MAYREAD | VM_MAYWRITE | VM_MAYEXEC
 
@@ -71,6 +74,7 @@ FLAG_NAMES: Final = {
     VM_MAYEXEC: "mayexec",
     VM_MAYSHARE: "mayshare",
     VM_GROWSDOWN: "growsdown",
+    VM_MAYBE_GUARD: "maybeguard",
     VM_DONTCOPY: "dontfork",
     VM_ACCOUNT: "account",
     VM_NORESERVE: "noreserve",

@@ -5,7 +5,14 @@ from __future__ import annotations
 import errno
 from typing import TYPE_CHECKING
 
-from quire.space.constants import PAGE_SHIFT, VM_ACCOUNT, VM_DONTCOPY, VM_SHARED, VM_WIPEONFORK
+from quire.space.constants import (
+    PAGE_SHIFT,
+    VM_ACCOUNT,
+    VM_DONTCOPY,
+    VM_MAYBE_GUARD,
+    VM_SHARED,
+    VM_WIPEONFORK,
+)
 from quire.space.outcome import CallError
 from quire.space.vma import VMA, fork_chain
 
@@ -35,7 +42,7 @@ def fork(parent: State, child: State) -> None:
         if vma.flags & VM_WIPEONFORK:
             continue
         fork_chain(copy, vma)
-        if vma.anon_vma is None:
+        if vma.anon_vma is None and not vma.flags & VM_MAYBE_GUARD:
             # Faults of the child find these pages again: the kernel does not copy the entries.
             continue
         first, last = vma.start >> PAGE_SHIFT, vma.end >> PAGE_SHIFT

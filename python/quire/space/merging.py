@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, NamedTuple
 
-from quire.space.constants import PAGE_SHIFT, VM_ACCESS, flag_names
+from quire.space.constants import PAGE_SHIFT, VM_ACCESS, VM_STICKY, flag_names
 from quire.space.outcome import Change
 from quire.space.vma import VMA, clone_chain, prepare_new, prepare_shared, unlink_chain
 
@@ -47,7 +47,7 @@ def inherited(vma: VMA | None) -> bool:
 
 def obstacle(state: State, piece: Piece, neighbour: VMA, *, above: bool) -> str | None:
     """Say what keeps a piece from merging with an adjacent VMA, or None."""
-    if neighbour.flags != piece.flags:
+    if (neighbour.flags ^ piece.flags) & ~VM_STICKY:
         more = [f"+{name}" for name in flag_names(piece.flags & ~neighbour.flags)]
         less = [f"-{name}" for name in flag_names(neighbour.flags & ~piece.flags)]
         return f"different flags: {', '.join(more + less)}"
@@ -74,7 +74,7 @@ def obstacle(state: State, piece: Piece, neighbour: VMA, *, above: bool) -> str 
 
 def _fits(state: State, piece: Piece, neighbour: VMA, *, above: bool) -> bool:
     # The common answer first: making the sentence costs more than all the rest.
-    if neighbour.flags != piece.flags and not state.explains:
+    if (neighbour.flags ^ piece.flags) & ~VM_STICKY and not state.explains:
         return False
     why = obstacle(state, piece, neighbour, above=above)
     if why is None:
@@ -140,8 +140,10 @@ def merge_new(
     before, after = _sides(state, piece, before, after)
     if before is not None:
         end = piece.end
+        before.flags |= piece.flags & VM_STICKY
         if after is not None:
             end = after.end
+            before.flags |= after.flags & VM_STICKY
             _adopt(before, after)
             state.tree.remove(after)
             unlink_chain(after)
@@ -158,6 +160,7 @@ def merge_new(
             _adopt(after, piece.source)
         state.changes.append(Change("extended", piece.start, after.end, "downward"))
         after.pgoff = piece.pgoff
+        after.flags |= piece.flags & VM_STICKY
         state.tree.resize(after, piece.start, after.end)
         return after
     return None
@@ -202,6 +205,9 @@ def _merge_part(state: State, vma: VMA, piece: Piece, before: VMA | None, after:
     whole = piece.start == vma.start and piece.end == vma.end
     target = before if before is not None else after
     assert target is not None
+    for other in (vma, before, after):
+        if other is not None:
+            target.flags |= other.flags & VM_STICKY
     if before is not None and after is not None:
         state.changes.append(Change("merged", before.start, after.end, "three VMAs into one"))
         _adopt(before, after if after.anon_vma is not None else vma)
@@ -284,6 +290,6 @@ def _reusable(below: VMA, above: VMA, owner: VMA) -> bool:
         owner.anon_vma is not None
         and len(owner.chain) == 1
         and below.file is above.file
-        and not (below.flags ^ above.flags) & ~VM_ACCESS
+        and not (below.flags ^ above.flags) & ~(VM_ACCESS | VM_STICKY)
         and above.pgoff == below.pgoff + ((above.start - below.start) >> PAGE_SHIFT)
     )

@@ -27,12 +27,18 @@ def search(state: State, length: int) -> int | None:
     Returns:
         Its first address, or None.
     """
-    rules = state.rules
-    for low, gap_high, after in state.tree.gaps_from_top(length, PAGE_SIZE, rules.mmap_base):
-        high = gap_high if after is None else min(gap_high, gap_start(state, after))
-        if high - low >= length:
-            return high - length
-    return _search_upward(state, length)
+    high = state.rules.mmap_base
+    while True:
+        for _, top, after in state.tree.gaps_from_top(length, PAGE_SIZE, high):
+            start = top if after is None else gap_start(state, after)
+            if start >= top:
+                return top - length
+            # Room above a stack's guard gap is no room, and what lies above its lower end is not looked at
+            # again.
+            high = start
+            break
+        else:
+            return _search_upward(state, length)
 
 
 def _search_upward(state: State, length: int) -> int | None:

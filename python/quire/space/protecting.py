@@ -20,9 +20,11 @@ from quire.space.constants import (
     VM_ACCESS,
     VM_ACCOUNT,
     VM_DONTCOPY,
+    VM_MAYBE_GUARD,
     VM_MAYWRITE,
     VM_NORESERVE,
     VM_SHARED,
+    VM_STICKY,
     VM_WIPEONFORK,
     VM_WRITE,
     page_align,
@@ -92,7 +94,7 @@ def _protect(state: State, vma: VMA, start: int, end: int, flags: int) -> int:
         state.machine.uncharge(charged)
         raise CallError(errno.ENOMEM, "mprotect", "splitting a VMA needs more than vm.max_map_count")
     state.machine.uncharge(uncharged)
-    got.flags = flags
+    got.flags = flags | got.flags & VM_STICKY
     if old & VM_WRITE and not flags & VM_WRITE:
         state.table.protect(start >> PAGE_SHIFT, end >> PAGE_SHIFT)
     state.changes.append(Change("changed", start, end, f"now {got.protection}"))
@@ -139,7 +141,7 @@ def _advise(state: State, vma: VMA, start: int, end: int, advice: int) -> None:
         got = modify(state, vma, start, end, flags)
         if got is None:
             raise CallError(errno.EAGAIN, "madvise", "splitting a VMA needs more than vm.max_map_count")
-        got.flags = flags
+        got.flags = flags | got.flags & VM_STICKY
         state.changes.append(Change("changed", start, end, ", ".join(got.flag_names)))
         return
     first, last = start >> PAGE_SHIFT, end >> PAGE_SHIFT
@@ -157,7 +159,10 @@ def _advise(state: State, vma: VMA, start: int, end: int, advice: int) -> None:
             raise CallError(
                 errno.EINVAL, "madvise", "guards need private anonymous memory that may be written"
             )
-        if vma.file is None:
+        if state.rules.guard_flag:
+            vma.flags |= VM_MAYBE_GUARD
+        if vma.file is None or not state.rules.guard_flag:
+            # An anon_vma makes a fork copy the markers; without the flag, files get one too.
             prepare_anonymous(state, vma)
         state.table.zap(first, last)
         for page in range(first, last):

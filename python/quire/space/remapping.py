@@ -46,7 +46,7 @@ def mremap(state: State, address: int, old: int, new: int, flags: int, target: i
         _check_source(vma, address, old)
         return address
     if new < old:
-        unmap(state, "mremap", address + new, address + old)
+        _shrink(state, address, old, new)
         return address
     return _grow(state, vma, address, old, new, flags)
 
@@ -72,10 +72,17 @@ def _check(state: State, address: int, old: int, new: int, flags: int, target: i
         raise CallError(errno.EINVAL, "mremap", "MREMAP_DONTUNMAP with another length")
     if new > task_size or target > task_size - new:
         raise CallError(errno.EINVAL, "mremap", "the new range is beyond the address space")
-    if address < target + new and target < address + old:
+    # The kernel's sum wraps around.
+    if address < target + new and target < (address + old) % _WORD:
         raise CallError(errno.EINVAL, "mremap", "the new range overlaps the old one")
     if state.tree.count + 2 >= state.rules.max_map_count - 3:
         raise CallError(errno.ENOMEM, "mremap", "a move could need more VMAs than vm.max_map_count")
+
+
+def _shrink(state: State, address: int, old: int, new: int) -> None:
+    if address + old > state.rules.task_size:
+        raise CallError(errno.EINVAL, "mremap", f"{address:#x} + {old:#x} is beyond the address space")
+    unmap(state, "mremap", address + new, address + old)
 
 
 def _check_source(vma: VMA, address: int, old: int) -> None:
@@ -95,11 +102,11 @@ def _move_many(state: State, address: int, length: int, flags: int, target: int)
     last_end = 0
     first = True
     done = address
-    while True:
+    while done < end:
         vma = state.tree.first_after(done)
         if vma is None or vma.start >= end:
             break
-        start = max(vma.start, address)
+        start = max(vma.start, done)
         stop = min(vma.end, end)
         if first and vma.start > address:
             break
@@ -119,7 +126,7 @@ def _move_many(state: State, address: int, length: int, flags: int, target: int)
 def _move_to(state: State, vma: VMA, address: int, old: int, new: int, flags: int, target: int) -> int:
     """Move one VMA, or a part of it, to a place that is given or hinted at."""
     if state.rules.check_before_unmap:
-        _check_source(vma, address, old)
+        _check_source(vma, address, min(old, new))
     if flags & MREMAP_FIXED:
         unmap(state, "mremap", target, target + new)
         found = state.tree.at(address)
@@ -127,7 +134,7 @@ def _move_to(state: State, vma: VMA, address: int, old: int, new: int, flags: in
             raise CallError(errno.EFAULT, "mremap", "the new range held the old one")
         vma = found
     if new < old:
-        unmap(state, "mremap", address + new, address + old)
+        _shrink(state, address, old, new)
         old = new
         found = state.tree.at(address)
         assert found is not None
@@ -209,7 +216,9 @@ def _move(state: State, vma: VMA, address: int, old: int, new: int, flags: int, 
     state.table.move(address >> PAGE_SHIFT, (address + old) >> PAGE_SHIFT, target >> PAGE_SHIFT)
     state.changes.append(Change("moved", address, address + old, f"to {target:#x}"))
     if keep:
-        vma.flags &= ~VM_ACCOUNT
+        if state.rules.dontunmap_drops_account:
+            # Those kernels forget the charge of the whole VMA, and never give it back.
+            vma.flags &= ~VM_ACCOUNT
         if copy is not vma and vma.start == address and vma.end == address + old:
             unlink_chain(vma)
     elif old:

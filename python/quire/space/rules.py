@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from dataclasses import dataclass
 from typing import Literal
 
@@ -32,9 +31,13 @@ class Rules:
         merge_into_unfaulted: Whether a range with faulted pages merges with a neighbour that has none (6.16).
         move_many: Whether ``mremap`` moves a range of several VMAs and holes (6.17).
         check_before_unmap: Whether ``mremap`` checks the source before it unmaps the target (6.17).
+        dontunmap_drops_account: Whether MREMAP_DONTUNMAP forgets that the old VMA is charged (before a fix
+            that reached 6.18).
         uncharge_unfaulted: Whether ``mprotect`` gives back the charge of memory that becomes read-only before
             its first fault (6.2).
         guard_any: Whether MADV_GUARD_INSTALL takes files and read-only memory (6.15).
+        guard_flag: Whether a VMA that had a guard is flagged, which makes a fork copy its entries (6.19, and
+            later releases of 6.18).
         execute_only: Whether memory that is only executable cannot be read.
         fault_around_pages: Pages of a file that one read fault maps, if they are in the page cache.
         overcommit: ``vm.overcommit_memory``: 0 is ``heuristic``, 1 ``always``, 2 ``never``.
@@ -55,16 +58,12 @@ class Rules:
     merge_into_unfaulted: bool = True
     move_many: bool = True
     check_before_unmap: bool = True
+    dontunmap_drops_account: bool = False
     uncharge_unfaulted: bool = True
     guard_any: bool = True
+    guard_flag: bool = True
     execute_only: bool = False
     fault_around_pages: int = 16
     overcommit: Overcommit = "heuristic"
     memory_pages: int = (16 << 30) // PAGE_SIZE
     commit_limit_pages: int = (8 << 30) // PAGE_SIZE
-
-
-@functools.cache
-def running_rules() -> Rules:
-    """Return the rules of the running kernel."""
-    return Rules()

@@ -66,6 +66,19 @@ class File:
         self.charged_pages = 0
         self.mappings = 0
 
+    def reopen(self, *, writable: bool) -> File:
+        """Return another opening of the same file: the same pages, but mappings do not merge with these."""
+        other = File(
+            self.name,
+            self.size_bytes,
+            writable=writable,
+            in_memory=self.in_memory,
+            device=self.device,
+            inode=self.inode,
+        )
+        other.cache = self.cache
+        return other
+
     def __repr__(self) -> str:
         return f"<File {self.name} of {self.size_bytes} bytes>"
 

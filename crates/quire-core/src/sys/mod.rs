@@ -1,6 +1,7 @@
 //! The kernel, one file per facility. Nothing above this module makes a system call.
 
 pub mod area;
+pub mod calls;
 pub mod file;
 pub mod fork;
 pub mod futex;
