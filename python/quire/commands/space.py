@@ -13,7 +13,7 @@ from quire.pictures.model import Picture
 from quire.pictures.page import page
 from quire.pictures.strip import strip
 from quire.pictures.text import printable
-from quire.space.rules import running_rules
+from quire.space import running_rules
 from quire.space.script import Lesson, play
 
 if TYPE_CHECKING:
