@@ -64,11 +64,15 @@ function placeOf(page) {
   return places[at] + ((places[at + 1] - places[at]) * (page - addresses[at])) / (addresses[at + 1] - addresses[at]);
 }
 
+/** Where each row begins and ends on the line: asked for each row at each drawing. */
+const fromOf = Float64Array.from(rows.start, placeOf);
+const toOf = Float64Array.from(rows.end, placeOf);
+
 /** The row drawn at a place of the line, or -1; with `near`, the nearest within that distance. */
 function rowAt(place, near) {
   const list = rowsOf(state.sample);
-  const at = lastAtMost(list, place, (row) => placeOf(rows.start[row]));
-  const distance = (row) => Math.max(0, placeOf(rows.start[row]) - place, place - placeOf(rows.end[row]));
+  const at = lastAtMost(list, place, (row) => fromOf[row]);
+  const distance = (row) => Math.max(0, fromOf[row] - place, place - toOf[row]);
   const found = [list[at], list[at + 1]].filter((row) => row !== undefined && distance(row) <= near);
   found.sort((one, other) => distance(one) - distance(other));
   return found.length ? found[0] : -1;
@@ -77,15 +81,15 @@ function rowAt(place, near) {
 function drawRows(context, width, top, height, from, to, labels) {
   const x = (place) => ((place - from) / (to - from)) * width;
   for (const row of rowsOf(state.sample)) {
-    const left = x(placeOf(rows.start[row]));
-    const right = x(placeOf(rows.end[row]));
+    const left = x(fromOf[row]);
+    const right = x(toOf[row]);
     if (right < 0 || left > width) continue;
     context.globalAlpha = shown(row) ? 1 : 0.15;
     const room = right - left;
     paint(context, kindOf(row), left, top, Math.max(room > 3 ? room - 1 : room, 0.7), height);
     const visible = Math.min(right, width) - Math.max(left, 0);
-    const name = nameOf(row).split("/").pop() || kindOf(row).name;
     if (labels && visible > 40 && (!kindOf(row).hatch || visible > 90)) {
+      const name = nameOf(row).split("/").pop() || kindOf(row).name;
       context.fillStyle = kindOf(row).hatch ? color("ink") : inkOn(kindOf(row));
       context.save();
       context.beginPath();
@@ -127,26 +131,27 @@ function drawGaps(context, width, top, height, from, to) {
 }
 
 function drawTicks(context, width, top, from, to) {
-  const marks = [];
-  const starts = rowsOf(state.sample).map((row) => rows.start[row]);
-  const ends = rowsOf(state.sample).map((row) => rows.end[row]);
-  let free = -1;
+  let free = 0;
   context.fillStyle = color("faint");
   context.strokeStyle = color("faint");
-  for (const page of [...new Set([...starts, ...ends])].sort((one, other) => one - other)) {
-    const at = ((placeOf(page) - from) / (to - from)) * width;
-    if (at < 0 || at > width) continue;
+  context.lineWidth = 1;
+  const tick = (page, place) => {
+    const at = ((place - from) / (to - from)) * width;
+    if (at < free - 14 || at > width) return;
     const text = hex(page);
     const wide = context.measureText(text).width;
     const left = Math.min(Math.max(0, at), width - wide);
-    if (left < free) continue;
-    marks.push(page);
+    if (at < 0 || left < free) return;
     context.beginPath();
     context.moveTo(at, top);
     context.lineTo(at, top + 5);
     context.stroke();
     context.fillText(text, left, top + 13);
     free = left + wide + 14;
+  };
+  for (const row of rowsOf(state.sample)) {
+    tick(rows.start[row], fromOf[row]);
+    tick(rows.end[row], toOf[row]);
   }
 }
 
@@ -180,8 +185,8 @@ function drawLine() {
   drawGaps(line.context, line.width, 12, 48, from, to);
   drawTicks(line.context, line.width, 60, from, to);
   if (state.selected >= 0) {
-    const left = ((placeOf(rows.start[state.selected]) - from) / (to - from)) * line.width;
-    const right = ((placeOf(rows.end[state.selected]) - from) / (to - from)) * line.width;
+    const left = ((fromOf[state.selected] - from) / (to - from)) * line.width;
+    const right = ((toOf[state.selected] - from) / (to - from)) * line.width;
     line.context.strokeStyle = color("ink");
     line.context.lineWidth = 2;
     line.context.strokeRect(left - 1, 11, Math.max(3, right - left + 1), 50);
@@ -213,7 +218,7 @@ function zoom(factor, place) {
 function middle() {
   const [from, to] = state.view;
   if (state.selected >= 0) {
-    const place = (placeOf(rows.start[state.selected]) + placeOf(rows.end[state.selected])) / 2;
+    const place = (fromOf[state.selected] + toOf[state.selected]) / 2;
     if (place >= from && place <= to) return place;
   }
   return (from + to) / 2;
@@ -221,7 +226,7 @@ function middle() {
 
 function viewRow() {
   if (state.selected < 0) return;
-  const [start, end] = [placeOf(rows.start[state.selected]), placeOf(rows.end[state.selected])];
+  const [start, end] = [fromOf[state.selected], toOf[state.selected]];
   view(start - (end - start) * 0.6, end + (end - start) * 0.6);
 }
 
@@ -231,7 +236,7 @@ function step(by) {
   const at = lastAtMost(list, rows.start[state.selected] ?? -1, (row) => rows.start[row]);
   select(list[Math.min(list.length - 1, Math.max(0, state.selected < 0 ? 0 : at + by))]);
   const [from, to] = state.view;
-  const place = placeOf(rows.start[state.selected]);
+  const place = fromOf[state.selected];
   if (place < from || place > to) view(place - (to - from) / 2, place + (to - from) / 2);
 }
 

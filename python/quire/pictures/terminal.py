@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from rich.console import Group
+from rich.padding import Padding
 from rich.style import Style
 from rich.table import Table
 from rich.text import Text
@@ -30,7 +31,6 @@ __all__ = ["mappings", "steps", "summary", "timeline", "top", "tree"]
 _METRICS = ("virtual", "committed", "resident")
 _LEAVES = 12
 _FRAMES = 32
-_EDGE_AT_LEAST = 3
 _SPARKS = "▁▂▃▄▅▆▇█"
 
 
@@ -90,27 +90,27 @@ def _shares(counts: Sequence[int], width: int) -> list[int]:
 def _line(sample: Sample, axis: Axis, console: Console) -> RenderableType:
     """Draw the line of addresses, with as many of them below as have room."""
     width = max(20, console.width - 1)
-    cells: list[tuple[float, str, str]] = [(0.0, "", "")] * width
+    cells: list[tuple[float, Row | None]] = [(0.0, None)] * width
     for row in sample.rows:
         left, right = axis.place(row.start) * width, axis.place(row.end) * width
-        edge = "|" if right - left >= _EDGE_AT_LEAST else ""
         for cell in range(int(left), min(width, int(right) + 1)):
             covered = min(right, cell + 1) - max(left, cell)
             if covered > cells[cell][0]:
-                cells[cell] = (covered, row.kind, edge if cell == round(left) else "")
-    for gap in axis.gaps:
-        middle = (axis.place(gap.start) + axis.place(gap.end)) / 2
-        at = min(width - 1, int(middle * width))
-        if not cells[at][1]:
-            cells[at] = (0.0, "", "⋮")
+                cells[cell] = (covered, row)
+    gaps = {int((axis.place(gap.start) + axis.place(gap.end)) / 2 * width) for gap in axis.gaps}
     line = Text()
-    for _, kind, mark in cells:
-        if not kind:
-            line.append(mark or " ", style="dim")
-        elif mark:
-            line.append(mark, style=_style(kind))
+    before: Row | None = None
+    for number, (_, row_there) in enumerate(cells):
+        if row_there is None:
+            line.append("⋮" if number in gaps else " ", style="dim")
+        elif before is not None and before is not row_there and before.kind == row_there.kind:
+            has_room = number + 1 < width and cells[number + 1][1] is row_there
+            line.append(
+                "|" if has_room else _block(row_there.kind, 1, console).plain, style=_style(row_there.kind)
+            )
         else:
-            line.append_text(_block(kind, 1, console))
+            line.append_text(_block(row_there.kind, 1, console))
+        before = row_there
     ticks = [" "] * width
     free = 0
     for bound in sorted({bound for row in sample.rows for bound in (row.start, row.end)}):
@@ -179,7 +179,9 @@ def mappings(
     lines = [Text(f"{head}  name", style="bold", no_wrap=True, overflow="crop")]
     for row in rows:
         where = f"{row.start:0{digits}x}" + (f"-{row.end:0{digits}x}" if "end" in columns else "")
-        line = Text(f"{where}{size(row.size):>10}  ", no_wrap=True, overflow="ellipsis")
+        # The few addresses beyond the others' digits take their room from the next column.
+        room = max(6, 10 + (2 * digits + 1 if "end" in columns else digits) - len(where))
+        line = Text(f"{where}{size(row.size):>{room}}  ", no_wrap=True, overflow="ellipsis")
         line.append(f"{printable(row.protection):<4}  ").append_text(_block(row.kind, 1, console))
         line.append(f" {printable(row.kind):<13}")
         for name in figures:
@@ -345,8 +347,9 @@ def steps(lesson: Sequence[Step], console: Console) -> RenderableType:
     for number, step in enumerate(lesson):
         parts.append(Text.assemble((f"{number}  ", "dim"), (printable(step.title), "bold")))
         style = "red" if step.failed else "green"
-        parts += [Text(f"   {printable(line)}") for line in step.said]
-        parts += [Text(f"   {printable(note)}", style=style) for note in step.notes]
+        lines = [Text(printable(line)) for line in step.said]
+        lines += [Text(printable(note), style=style) for note in step.notes]
+        parts += [Padding(line, (0, 0, 0, 3)) for line in lines]
         for panel in step.panels:
             if len(step.panels) > 1:
                 parts.append(Text(printable(panel.title), style="italic"))
