@@ -16,7 +16,7 @@ LAYERS = [
     {"handover"},
     {"snapshot"},
     {"live", "segment", "sources"},
-    {"functions"},
+    {"functions", "linking"},
     {"packing", "region", "remote", "wheels"},
     {"image", "space", "wire"},
     {"broker", "process"},

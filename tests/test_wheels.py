@@ -29,7 +29,7 @@ def error_of(name):
 MEMFDS = """
 import os
 def memfds():
-    places = ((int(fd), f"/proc/self/fd/{fd}") for fd in os.listdir("/proc/self/fd"))
+    places = ((int(fd), f"/proc/{os.getpid()}/fd/{fd}") for fd in os.listdir("/proc/self/fd"))
     return {fd: os.readlink(place) for fd, place in places if os.path.exists(place)
             and os.readlink(place).startswith("/memfd:")}
 """
@@ -166,9 +166,9 @@ def test_damaged_members(tmp_path: Folder) -> None:
     flipped.write_bytes(data)
     wheels = {
         flipped: "CRC-32",
-        make_wheel(tmp_path / "text.whl", {f"ext{SUFFIX}": "no object"}): "no shared object",
-        make_wheel(tmp_path / "short.whl", {f"ext{SUFFIX}": code[:3000]}): "no shared object",
-        make_wheel(tmp_path / "empty.whl", {f"ext{SUFFIX}": ""}): "no shared object",
+        make_wheel(tmp_path / "text.whl", {f"ext{SUFFIX}": "no object"}): "not those of an ELF file",
+        make_wheel(tmp_path / "short.whl", {f"ext{SUFFIX}": code[:3000]}): "are not within the file",
+        make_wheel(tmp_path / "empty.whl", {f"ext{SUFFIX}": ""}): "e_ident",
         make_wheel(tmp_path / "xz.whl", {f"ext{SUFFIX}": code}, method=zipfile.ZIP_LZMA): "method 14",
     }
     for wheel, text in wheels.items():

@@ -169,6 +169,7 @@ class Source:
         """The bytes of a contiguous buffer, which is held as long as the source lives."""
     @staticmethod
     def snapshot(snapshot: Snapshot) -> Source: ...
+    def part(self, offset: int, length: int) -> Source: ...
     def slice(self, offset: int, length: int) -> Source:
         """A range of raw bytes. This and the codecs need a source that is not decoded already (ValueError)."""
     def deflate(self, size: int, crc: int, cache: str | bytes | None = None) -> Source:
@@ -194,11 +195,32 @@ class FrameEncoder:
     def frame(self, data: bytes) -> bytes:
         """One frame with length and checksum."""
 
-def elf_linkage(fd: int) -> tuple[str | None, list[str], str | None, str | None]:
-    """What a shared object says of others: (soname, needed, rpath, runpath), decoded as paths are.
+def is_loaded(name: str | bytes) -> bool:
+    """Whether the dynamic linker would take an object that it has for this name."""
 
-    The descriptor is borrowed for the call and its position moves. Raises Malformed.
-    """
+@final
+class Library:
+    """A shared object, laid out in memory for the dynamic linker. Not unloaded when it is collected."""
+
+    def __new__(
+        cls, source: Source, name: str, window_bytes: int, whole: str | None = None, crc: int | None = None
+    ) -> Self:
+        """Fill in what the dynamic linker reads, and check it; with a reason for it, all. Blocks without the GIL.
+
+        Raises Malformed, with the field that is wrong, PageError, OSError.
+        """
+    @property
+    def path(self) -> str: ...
+    def linkage(self) -> tuple[str | None, list[str], str | None, str | None]:
+        """What it says of other objects: (soname, needed, rpath, runpath), decoded as paths are."""
+    def open(self, mode: int) -> int:
+        """Have it linked and construct it, the first time; the handle, which is the library's. OSError if refused."""
+    def close(self) -> bool:
+        """Give the handle back; whether the object was unloaded."""
+    def fill(self) -> None: ...
+    def discard(self) -> int: ...
+    def share(self) -> tuple[str, int, int, int, int, int, int]:
+        """(reason if whole, size, lazy bytes, filled bytes, faults, refills, evictions)."""
 
 @final
 class ElfFile:

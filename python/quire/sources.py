@@ -65,6 +65,7 @@ _FLAG_PATCH = 0x20
 _FLAG_STRONG = 0x40
 _LOCAL_HEADER_BYTES = 30
 
+_SCHEME = r"([A-Za-z][A-Za-z0-9+.-]*)://"
 _ZSTD_MAGIC = b"\x28\xb5\x2f\xfd"
 
 
@@ -390,14 +391,35 @@ class _Reader(io.RawIOBase):
 def _member(below: _native.Source, member: str, name: str) -> _native.Source:
     """Open a member of the archive in raw bytes."""
     with io.BufferedReader(_Reader(below)) as file, open_archive(file, name) as archive:
-        try:
-            info = archive.getinfo(member)
-        except KeyError:
-            _no_member(archive, member, name)
-        # A name may be empty, which `is_dir` does not expect.
-        if info.filename.endswith("/"):
-            raise IsADirectoryError(f"{name} is a directory")
-        start = data_start(archive, file, info, name)
+        return zip_member(archive, file, below, member, name)
+
+
+def zip_member(
+    archive: zipfile.ZipFile, file: Any, below: _native.Source, member: str, name: str
+) -> _native.Source:
+    """Open a member of a zip archive whose directory has been read.
+
+    Args:
+        archive: The directory.
+        file: The archive's bytes; its position changes.
+        below: The same bytes, for the member to be read from.
+        member: Name of the member.
+        name: For messages.
+
+    Raises:
+        FileNotFoundError, IsADirectoryError: There is no such member, or it is a directory.
+        zipfile.BadZipFile: What the directory says of the member cannot be true.
+        Unsupported: The member is encrypted, or compressed by a method that quire has no codec for.
+        PageError: It is compressed with zstandard, and damaged.
+    """
+    try:
+        info = archive.getinfo(member)
+    except KeyError:
+        _no_member(archive, member, name)
+    # A name may be empty, which `is_dir` does not expect.
+    if info.filename.endswith("/"):
+        raise IsADirectoryError(f"{name} is a directory")
+    start = data_start(archive, file, info, name)
     packed, size = info.compress_size, info.file_size
     raw = below.slice(start, packed)
     if info.compress_type == ZIP_STORED:
@@ -505,7 +527,7 @@ def open_source(target: Path, **options: Any) -> Source:
         PageError: A compressed file is damaged.
     """
     path = os.fspath(target)
-    url = re.match(r"([A-Za-z][A-Za-z0-9+.-]*)://", path) if isinstance(target, str) else None
+    url = re.match(_SCHEME, path) if isinstance(target, str) else None
     if url:
         scheme = url[1].lower()
         if scheme != "file":
@@ -516,9 +538,8 @@ def open_source(target: Path, **options: Any) -> Source:
         path = urllib.parse.unquote(parts.path)
     if options:
         raise TypeError(f"a local file takes no options: {', '.join(options)}")
-    archive, mark, member = path.partition("!/")
-    # A file may have the mark in its name.
-    if mark and not os.path.exists(path):
+    archive, member = split_archive(path)
+    if member is not None:
         return ZipSource(archive, member)
     plain = FileSource(path)
     kind = kind_of(plain)
@@ -526,6 +547,20 @@ def open_source(target: Path, **options: Any) -> Source:
         return plain
     plain.close()
     return kind(path)
+
+
+def split_archive(target: Path) -> tuple[str, str | None]:
+    """Take a path of the form ``archive.zip!/member`` apart.
+
+    Returns:
+        The archive's path and the member's name. The path itself and None if it names no member, is a url,
+        or is the name of a file that has the mark in it.
+    """
+    path = os.fspath(target)
+    archive, mark, member = path.partition("!/")
+    if not mark or re.match(_SCHEME, path) or os.path.exists(path):
+        return path, None
+    return archive, member
 
 
 def kind_of(raw: Source) -> type[GzipSource | ZstdSource] | None:

@@ -12,6 +12,7 @@ pub mod image;
 pub mod layer;
 pub mod layout;
 pub mod live;
+pub mod loader;
 pub mod mapping;
 pub mod pack;
 pub mod pages;

@@ -56,6 +56,7 @@ fn settings(backend: Backend, discard: Discard) -> Settings {
         executable: false,
         shared: None,
         budget_bytes: None,
+        sparse: false,
     }
 }
 

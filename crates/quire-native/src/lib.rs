@@ -2,9 +2,9 @@
 
 mod calls;
 mod door;
-mod elf;
 mod errors;
 mod image;
+mod library;
 mod live;
 mod mapping;
 mod pack;
@@ -26,6 +26,7 @@ fn _native(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add_class::<snapshot::Snapshot>()?;
     module.add_class::<segment::Segment>()?;
     module.add_class::<mapping::Mapping>()?;
+    module.add_class::<library::Library>()?;
     module.add_class::<live::LiveSegment>()?;
     module.add_class::<live::WritableAlias>()?;
     module.add_class::<live::MirrorView>()?;
@@ -34,12 +35,12 @@ fn _native(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add_class::<purgeable::Purgeable>()?;
     module.add_class::<purgeable::PurgeableStore>()?;
     module.add_class::<purgeable::PurgeableEntry>()?;
-    module.add_function(wrap_pyfunction!(elf::elf_linkage, module)?)?;
     module.add_class::<image::elf::ElfFile>()?;
     module.add_class::<image::pe::PeFile>()?;
     module.add_class::<image::macho::MachOFile>()?;
     module.add_function(wrap_pyfunction!(image::macho::macho_members, module)?)?;
     module.add_function(wrap_pyfunction!(image::elf::elf_name, module)?)?;
+    module.add_function(wrap_pyfunction!(library::is_loaded, module)?)?;
     module.add_function(wrap_pyfunction!(purgeable::available_bytes, module)?)?;
     module.add_class::<region::Region>()?;
     module.add_function(wrap_pyfunction!(region::region_file, module)?)?;

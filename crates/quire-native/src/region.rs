@@ -58,7 +58,7 @@ fn discard(name: &str) -> Result<Discard> {
 /// Make the file of a shared region; the descriptor is the caller's.
 #[pyfunction]
 pub fn region_file(size: u64) -> Result<i32> {
-    Ok(quire_core::region::shared_file(size)?.into_raw_fd())
+    Ok(quire_core::region::shared_file(c"quire-region", size)?.into_raw_fd())
 }
 
 #[pymethods]
@@ -95,6 +95,7 @@ impl Region {
             executable,
             shared,
             budget_bytes,
+            sparse: false,
         };
         let source = Arc::clone(&source.inner);
         let region = py.detach(|| Core::open(source, settings))?;

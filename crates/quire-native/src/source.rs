@@ -9,7 +9,7 @@ use pyo3::buffer::PyBuffer;
 use pyo3::prelude::*;
 use pyo3::types::{PyBytes, PyMemoryView};
 use quire_core::source::{
-    Cache, Deflate, Failure, File, Gzip, Memory, Plain, ReadAt, Slice, SnapshotBytes, Source as CoreSource, Zstd,
+    Cache, Deflate, Failure, File, Gzip, Memory, Part, Plain, ReadAt, Slice, SnapshotBytes, Source as CoreSource, Zstd,
 };
 
 use crate::errors::{PageError, Raised, Result};
@@ -93,6 +93,11 @@ impl Source {
 
     fn slice(&self, offset: u64, length: u64) -> Result<Self> {
         Ok(Self::plain(Slice::new(self.raw()?, offset, length)?))
+    }
+
+    /// A range of what this shows, decoded or not.
+    fn part(&self, offset: u64, length: u64) -> Result<Self> {
+        Ok(Self::decoded(Part::new(Arc::clone(&self.inner), offset, length)?))
     }
 
     #[pyo3(signature = (size, crc, cache = None))]

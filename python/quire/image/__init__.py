@@ -3,6 +3,7 @@
 ``read`` describes a file; its ``load_plan()`` lists what a loader does with it. See ``docs/images.md``.
 """
 
+from quire.image.loading import Library, LibraryStats, load
 from quire.image.model import Eagerness, Image, Relocation, Section, Segment, Slot, Symbol, Version
 from quire.image.operations import MapFlags, Operation, Protection
 from quire.image.reading import read
@@ -12,6 +13,8 @@ from quire.image.verdict import Verdict, why
 __all__ = [
     "Eagerness",
     "Image",
+    "Library",
+    "LibraryStats",
     "MapFlags",
     "Operation",
     "Protection",
@@ -23,6 +26,7 @@ __all__ = [
     "Verdict",
     "Version",
     "exec",
+    "load",
     "read",
     "spawn",
     "why",

@@ -13,11 +13,12 @@ import zlib
 from importlib.machinery import EXTENSION_SUFFIXES
 from typing import IO, TYPE_CHECKING
 
+from quire import _native
 from quire.errors import Unsupported
-from quire.sources import data_start, open_archive
+from quire.sources import data_start, open_archive, zip_member
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Sequence
 
 __all__ = ["UNREADABLE", "Identity", "Wheel", "forget", "on_path", "open_wheel", "opened"]
 
@@ -113,6 +114,26 @@ class Wheel:
                 yield chunk
         if (length, crc) != (info.file_size, info.CRC):
             raise zipfile.BadZipFile(f"{member}: length or CRC-32 is not what the archive's directory says")
+
+    def find(self, places: Sequence[str]) -> tuple[Wheel, str] | None:
+        """Find the first member that there is of these, here or in another wheel on ``sys.path``.
+
+        An installer would have put all wheels' files into one folder.
+        """
+        for wheel in (self, *on_path()) if places else ():
+            for place in places:
+                if place in wheel.members:
+                    return wheel, place
+        return None
+
+    def source(self, member: str) -> tuple[_native.Source, int | None]:
+        """Open a member to be read in parts, with its CRC-32; raises one of UNREADABLE."""
+        with open(self.archive, "rb") as file:
+            if _identity(file.fileno()) != self.identity:
+                raise zipfile.BadZipFile("the file has changed since its directory was read")
+            below = _native.Source.file(file.fileno())
+            native = zip_member(self._directory, file, below, member, f"{self.archive}/{member}")
+        return native, self.members[member].CRC
 
     def copy(self, member: str) -> int:
         """Copy a member to a new sealed memfd, which is the caller's; raises one of UNREADABLE."""

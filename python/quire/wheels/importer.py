@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import sys
 import zipimport
 import zlib
 from importlib.machinery import EXTENSION_SUFFIXES, ExtensionFileLoader, ModuleSpec
@@ -11,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from quire.wheels.archive import UNREADABLE, open_wheel
 from quire.wheels.compiled import code_of
-from quire.wheels.objects import prepared
+from quire.wheels.objects import load
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -51,19 +52,19 @@ class WheelExtensionLoader(ExtensionFileLoader):
         if self._member in wheel.foreign.values():
             text = f"{self.path}: not for this interpreter: {wheel.describe()}"
             raise ImportError(text, name=spec.name, path=self.path)
-        with prepared(wheel, self._member) as path:
-            # Modules that are initialised in one phase, and Cython's, have their __file__ from here at first.
-            inner = ModuleSpec(spec.name, self, origin=path, is_package=self.is_package(spec.name))
-            if spec.submodule_search_locations is not None:
-                inner.submodule_search_locations = spec.submodule_search_locations
-            try:
-                module = super().create_module(inner)
-            except ImportError as error:
-                if error.path != path:
-                    raise
-                reason = str(error).replace(path, self.path)
-                text = f"{self.path}: cannot be loaded: {reason}; {wheel.describe()}"
-                raise ImportError(text, name=spec.name, path=self.path) from error
+        path = load(wheel, self._member, spec.name, sys.getdlopenflags())
+        # Modules that are initialised in one phase, and Cython's, have their __file__ from here at first.
+        inner = ModuleSpec(spec.name, self, origin=path, is_package=self.is_package(spec.name))
+        if spec.submodule_search_locations is not None:
+            inner.submodule_search_locations = spec.submodule_search_locations
+        try:
+            module = super().create_module(inner)
+        except ImportError as error:
+            if error.path != path:
+                raise
+            reason = str(error).replace(path, self.path)
+            text = f"{self.path}: cannot be loaded: {reason}; {wheel.describe()}"
+            raise ImportError(text, name=spec.name, path=self.path) from error
         module.__file__ = self.path
         return module
 

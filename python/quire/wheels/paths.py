@@ -26,7 +26,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
 from quire.wheels.archive import UNREADABLE, opened
-from quire.wheels.objects import prepared
+from quire.wheels.objects import load
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -307,8 +307,7 @@ def _load_too(self: ctypes.CDLL, name: Any, *args: Any, **more: Any) -> None:
         if place is None or not place.is_file():
             raise
         try:
-            with prepared(place.wheel, place.member) as path:
-                _load(self, path, *args, **more)
+            _load(self, load(place.wheel, place.member, None, os.RTLD_NOW), *args, **more)
         except ImportError as error:
             # What is needed is missing, or damaged; ctypes has one exception for it.
             raise OSError(str(error)) from error

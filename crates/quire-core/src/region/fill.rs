@@ -28,10 +28,10 @@ impl Region {
         CHUNK.max(self.window)
     }
 
-    /// Serve a touch of a missing page, in a thread of the pager's.
-    pub(super) fn serve(self: &Arc<Self>, address: usize) {
+    /// Serve a touch of a missing page that shows the byte at `offset`, in a thread of the pager's.
+    pub(super) fn serve(self: &Arc<Self>, offset: usize) {
         let started = Instant::now();
-        let window = (address - self.address()) / self.window;
+        let window = offset / self.window;
         let Ok(_inside) = self.inside() else { return };
         match self.windows.claim(window) {
             // Whoever fills it wakes the toucher.
@@ -50,7 +50,7 @@ impl Region {
     pub(super) fn demand(&self, window: usize, started: Instant) -> Option<Range<usize>> {
         self.note_touch(window);
         stats::add(&self.counters.faults, 1);
-        let ahead = self.ahead.observe(window, self.most_ahead());
+        let ahead = if self.sparse { 0 } else { self.ahead.observe(window, self.most_ahead()) };
         let (first, last) = self.around(window);
         let (first, last) = self.claim_around(window, first, last);
         let filled = self.fill_claimed(first, last).or_else(|failure| {
@@ -86,6 +86,9 @@ impl Region {
 
     /// Fill windows ahead of the toucher.
     pub(super) fn go_ahead(self: &Arc<Self>, windows: Range<usize>) {
+        if windows.is_empty() {
+            return;
+        }
         if self.source.parallel_fills() > 1 {
             self.fill_later(windows.start, windows.end);
         } else {
@@ -101,6 +104,9 @@ impl Region {
 
     /// The windows that lie wholly in what the source produces together with a window, or that window alone.
     fn around(&self, window: usize) -> (usize, usize) {
+        if self.sparse {
+            return (window, window + 1);
+        }
         let unit = self.source.unit((window * self.window) as u64);
         let first = (unit.start as usize).div_ceil(self.window);
         let last = if unit.end == self.size { self.windows.len() } else { unit.end as usize / self.window };

@@ -2,7 +2,7 @@
 //! addresses before anything else runs there.
 
 use std::sync::atomic::Ordering;
-use std::sync::{Mutex, MutexGuard, OnceLock, Weak};
+use std::sync::{Mutex, MutexGuard, OnceLock};
 
 use super::gate::Gate;
 use super::{buffers, handler, jobs, lock, pager, pressure, registry};
@@ -57,7 +57,7 @@ extern "C" fn in_parent() {
 extern "C" fn in_child() {
     fork::release_guards();
     // First of all, and without allocating: whatever is mapped from here on could take their addresses.
-    for region in registry::lock().values().filter_map(Weak::upgrade) {
+    for region in registry::lock().values().filter(|span| !span.is_view).filter_map(|span| span.region.upgrade()) {
         if region.memory.reclaim().is_err() {
             // Told below. Never dropped: that would unmap what is somebody else's now.
             std::mem::forget(region);
@@ -76,6 +76,7 @@ extern "C" fn in_child() {
         region.held_bytes.store(0, Ordering::Relaxed);
         region.source.enter_child();
         lock(&region.pins).clear();
+        region.keep_again();
         lock(&region.failures).clear();
         // Unmapped memory, should it come to that, cannot be mistaken for zeros.
         let outcome = region.memory.enter_child().and_then(|()| pager::serve_for(&region));

@@ -312,7 +312,7 @@ fn read_notes() {
                     let region = registry::find(note.region.load(Ordering::Acquire));
                     let window = note.window.load(Ordering::Acquire);
                     match region {
-                        Some(region) => region.serve_note(note, window),
+                        Some((region, _)) => region.serve_note(note, window),
                         None => note.answer(Answer::Failed),
                     }
                 }),

@@ -5,6 +5,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use crate::pages::PAGE;
 use crate::region::pager;
+use crate::region::views::{View, Views};
 use crate::sys::area::{Access, Area, Sharing};
 use crate::sys::memfd::{self, Piece};
 use crate::sys::uffd::{Copied, Uffd};
@@ -35,6 +36,7 @@ pub struct Memory {
     lost: AtomicBool,
     /// A window was hidden behind an empty file, because this kernel has no poison.
     hidden: AtomicBool,
+    pub views: Views,
 }
 
 enum Behind {
@@ -60,8 +62,8 @@ impl Memory {
             (None, _) => Behind::Pages,
         };
         let access = if executable { Access::ReadExecute } else { Access::Read };
-        let memory =
-            Self { view, behind, backend, access, lost: AtomicBool::new(false), hidden: AtomicBool::new(false) };
+        let (lost, hidden) = (AtomicBool::new(false), AtomicBool::new(false));
+        let memory = Self { view, behind, backend, access, lost, hidden, views: Views::default() };
         memory.map()?;
         Ok(memory)
     }
@@ -174,7 +176,15 @@ impl Memory {
                 Copied::Exists(before) => done += before + PAGE_BYTES,
             }
         }
-        if done == 0 { Ok(()) } else { uffd.wake(addr, pages.len) }
+        if done > 0 {
+            uffd.wake(addr, pages.len)?;
+        }
+        if self.views.is_attached() {
+            // The pages are in the file. Mapped here too, they would count twice.
+            self.view.drop_private(offset, pages.len)?;
+            self.views.wake(uffd, offset, pages.len)?;
+        }
+        Ok(())
     }
 
     /// Everything is filled: from now on it is as readable as it will be.
@@ -227,6 +237,7 @@ impl Memory {
                 outcome => outcome?,
             }
         }
+        self.views.poison(uffd, offset, len)?;
         uffd.wake(addr, len)
     }
 
@@ -234,6 +245,7 @@ impl Memory {
     /// somebody who touches it meanwhile would read zeros.
     pub fn mend(&self, offset: usize, len: usize) -> Result<()> {
         let Some(uffd) = self.uffd()? else { return Ok(()) };
+        self.views.mend(offset, len)?;
         if !self.hidden.load(Ordering::Acquire) {
             return Ok(()); // poison goes with the pages
         }
@@ -251,7 +263,10 @@ impl Memory {
     /// Wake who waits for pages of a range, to look again.
     pub fn wake(&self, offset: usize, len: usize) -> Result<()> {
         match self.uffd()? {
-            Some(uffd) => uffd.wake(self.view.addr() + offset, len),
+            Some(uffd) => {
+                self.views.wake(uffd, offset, len)?;
+                uffd.wake(self.view.addr() + offset, len)
+            }
             None => Ok(()),
         }
     }
@@ -266,6 +281,7 @@ impl Memory {
             alias.reclaim()?;
         }
         self.view.reclaim()?;
+        self.views.reclaim()?;
         self.lost.store(false, Ordering::Release);
         Ok(())
     }
@@ -283,6 +299,19 @@ impl Memory {
             memfd::truncate(own.as_fd(), self.view.len() as u64)?;
             memfd::replace(file.as_fd(), own)?;
         }
-        self.map()
+        self.map()?;
+        match (&self.behind, self.uffd()?) {
+            (Behind::Shared(file), Some(uffd)) => self.views.map_again(file.as_fd(), uffd),
+            _ => Ok(()),
+        }
+    }
+
+    /// Serve touches of other mappings of the file too, from now on.
+    pub fn attach(&self, views: Vec<View>) -> Result<()> {
+        match (&self.behind, self.backend, self.uffd()?) {
+            (Behind::Shared(_), Backend::Thread, Some(uffd)) => self.views.attach(views, uffd)?,
+            _ => return Err(Error::Unsupported("views are served for shared regions, by threads, only".to_owned())),
+        }
+        self.view.drop_private(0, self.view.len())
     }
 }

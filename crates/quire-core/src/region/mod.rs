@@ -16,13 +16,16 @@ mod pager;
 mod pressure;
 mod registry;
 mod stats;
+mod views;
 mod windows;
 mod zeroed;
 
 use std::collections::HashMap;
+use std::ffi::CStr;
+use std::ops::Range;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 
 use crate::pages::{PAGE, PageRange, push_merged};
 use crate::source::{Failure, Source};
@@ -32,6 +35,7 @@ use crate::{Error, Result};
 pub use fork::reading;
 pub use memory::Backend;
 pub use stats::{BUCKETS, Figures};
+pub use views::View;
 
 use ahead::Ahead;
 use gate::{Gate, Inside};
@@ -70,6 +74,9 @@ pub struct Settings {
     pub shared: Option<OwnedFd>,
     /// Take windows back beyond so many bytes.
     pub budget_bytes: Option<u64>,
+    /// Fill nothing but what is touched, even if the source produces more at once: for memory that is touched here and
+    /// there.
+    pub sparse: bool,
 }
 
 /// Why a call on a region failed.
@@ -103,6 +110,7 @@ pub struct Region {
     born: u64,
     discard: Discard,
     budget_bytes: Option<u64>,
+    sparse: bool,
     memory: Memory,
     windows: Windows,
     /// When each window was first asked for by a touch, from 1 on; 0 for never.
@@ -122,6 +130,8 @@ pub struct Region {
     touching: Gate,
     pins: Mutex<HashMap<usize, u32>>,
     failures: Mutex<HashMap<usize, Failure>>,
+    /// Windows that may never be taken, in forked children neither.
+    kept: OnceLock<Vec<Range<usize>>>,
     /// No more touching, and then no more filling.
     closing: AtomicBool,
     closed: AtomicBool,
@@ -137,9 +147,9 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-/// The file of a shared region: its length is fixed for good, its content is anybody's who has it.
-pub fn shared_file(size: u64) -> Result<OwnedFd> {
-    let file = memfd::create(c"quire-region")?;
+/// The file of a shared region, with a name for `/proc/PID/maps`: its length is fixed for good, its content is anybody's who has it.
+pub fn shared_file(name: &CStr, size: u64) -> Result<OwnedFd> {
+    let file = memfd::create(name)?;
     memfd::truncate(file.as_fd(), memory_len(size) as u64)?;
     memfd::add_seals(file.as_fd(), SHARED_SEALS)?;
     Ok(file)
@@ -207,6 +217,7 @@ impl Region {
             born: BORN.fetch_add(1, Ordering::AcqRel),
             discard,
             budget_bytes: settings.budget_bytes,
+            sparse: settings.sparse,
             memory,
             windows: Windows::new(count)?,
             order: Zeroed::new(count)?,
@@ -220,6 +231,7 @@ impl Region {
             touching: Gate::default(),
             pins: Mutex::default(),
             failures: Mutex::default(),
+            kept: OnceLock::new(),
             closing: AtomicBool::new(false),
             closed: AtomicBool::new(false),
         });
@@ -413,6 +425,9 @@ impl Region {
             *count -= 1;
             if *count == 0 {
                 pins.remove(&window);
+                if self.is_kept(window) {
+                    continue;
+                }
                 self.windows.set_pinned(window, false);
                 if self.discard == Discard::Kernel {
                     // Said before it is done: who pins it again has to know.

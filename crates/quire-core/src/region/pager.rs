@@ -88,7 +88,7 @@ fn run(pager: &'static Pager) {
                     return;
                 }
             };
-            let Some(region) = registry::find(address) else {
+            let Some((region, offset)) = registry::find(address) else {
                 // Closed in between; nobody can wait for it but by a pointer that dangles.
                 continue;
             };
@@ -100,7 +100,7 @@ fn run(pager: &'static Pager) {
                     let _later = start(pager);
                 }
             }
-            region.serve(address);
+            region.serve(offset);
         }
     }
 }

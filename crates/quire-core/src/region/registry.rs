@@ -1,4 +1,5 @@
 //! Which region an address belongs to: once behind a lock, for threads, and once without, for signal handlers.
+//! A region has the addresses of its own memory, and those of its views (`views`).
 #![allow(unsafe_code)]
 
 use std::collections::BTreeMap;
@@ -8,7 +9,16 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use super::{Backend, Region};
 use crate::{Error, Result};
 
-static REGIONS: Mutex<BTreeMap<usize, Weak<Region>>> = Mutex::new(BTreeMap::new());
+static REGIONS: Mutex<BTreeMap<usize, Span>> = Mutex::new(BTreeMap::new());
+
+/// Addresses that show a part of a region; the key they are kept under is where they start.
+pub struct Span {
+    pub region: Weak<Region>,
+    len: usize,
+    /// Where in the region they start, in bytes.
+    offset: usize,
+    pub is_view: bool,
+}
 
 /// A region whose touches are served in a signal handler.
 struct Entry {
@@ -24,7 +34,7 @@ static TABLE: [Entry; PLACES] = [const {
 /// Places from here on have never been used.
 static USED: AtomicUsize = AtomicUsize::new(0);
 
-pub fn lock() -> MutexGuard<'static, BTreeMap<usize, Weak<Region>>> {
+pub fn lock() -> MutexGuard<'static, BTreeMap<usize, Span>> {
     REGIONS.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
@@ -41,8 +51,18 @@ pub fn add(region: &Arc<Region>) -> Result<()> {
         entry.end.store(end, Ordering::Release);
         USED.fetch_max(place + 1, Ordering::AcqRel);
     }
-    regions.insert(start, Arc::downgrade(region));
+    let len = region.memory.view().len();
+    regions.insert(start, Span { region: Arc::downgrade(region), len, offset: 0, is_view: false });
     Ok(())
+}
+
+/// Make more addresses known that show a region from `offset` on.
+pub fn add_view(region: &Arc<Region>, start: usize, len: usize, offset: usize) {
+    lock().insert(start, Span { region: Arc::downgrade(region), len, offset, is_view: true });
+}
+
+pub fn remove_view(start: usize) {
+    lock().remove(&start);
 }
 
 pub fn remove(start: usize) {
@@ -57,21 +77,22 @@ pub fn remove(start: usize) {
     }
 }
 
-pub fn find(address: usize) -> Option<Arc<Region>> {
+/// The region that an address shows, and which of its bytes.
+pub fn find(address: usize) -> Option<(Arc<Region>, usize)> {
     let regions = lock();
-    let region = regions.range(..=address).next_back()?.1.upgrade()?;
-    (address < region.address() + region.memory.view().len()).then_some(region)
+    let (start, span) = regions.range(..=address).next_back()?;
+    let inside = address - start;
+    (inside < span.len).then(|| Some((span.region.upgrade()?, span.offset + inside)))?
 }
 
 /// Whether a range of addresses touches a region.
 pub fn overlaps(address: usize, len: usize) -> bool {
     let regions = lock();
-    let before = regions.range(..address + len).next_back().and_then(|(_, region)| region.upgrade());
-    before.is_some_and(|region| region.address() + region.memory.view().len() > address)
+    regions.range(..address + len).next_back().is_some_and(|(start, span)| start + span.len > address)
 }
 
 pub fn all() -> Vec<Arc<Region>> {
-    lock().values().filter_map(Weak::upgrade).collect()
+    lock().values().filter(|span| !span.is_view).filter_map(|span| span.region.upgrade()).collect()
 }
 
 /// Find the region of an address in a signal handler. Takes no lock.

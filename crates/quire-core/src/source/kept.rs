@@ -1,41 +1,68 @@
-//! Decoded blocks that were asked for lately, each made by one thread at a time.
+//! Decoded blocks that were asked for lately, each made by one thread at a time. All sources of the process share the room:
+//! there may be hundreds of them, most of them idle.
 
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 
 use super::Failure;
 
-/// A few decoded blocks. Whoever asks for a block that another thread makes waits for it rather than make it again.
+/// Room for blocks, in bytes.
+const LIMIT: usize = 16 << 20;
+
+/// The decoded blocks of one source. Whoever asks for a block that another thread makes waits for it rather than make it
+/// again.
 pub struct Kept {
+    pool: &'static Pool,
+    owner: u64,
+}
+
+struct Pool {
     state: Mutex<State>,
     changed: Condvar,
-    limit_bytes: usize,
+    limit: usize,
 }
+
+/// Whose block, and which.
+type Name = (u64, u64);
 
 struct State {
     /// Least lately used first.
-    blocks: Vec<(u64, Arc<Vec<u8>>)>,
-    making: Vec<u64>,
+    blocks: Vec<(Name, Arc<Vec<u8>>)>,
+    making: Vec<Name>,
     spare: Vec<Vec<u8>>,
 }
 
-/// Takes the mark of a block in the making away, also when its making panicked.
-struct Making<'a>(&'a Kept, u64);
+static POOL: Pool = Pool::new(LIMIT);
+static OWNERS: AtomicU64 = AtomicU64::new(0);
 
-impl Drop for Making<'_> {
+/// Takes the mark of a block in the making away, also when its making panicked.
+struct Making(&'static Pool, Name);
+
+impl Drop for Making {
     fn drop(&mut self) {
-        self.0.lock().making.retain(|key| *key != self.1);
+        self.0.lock().making.retain(|name| *name != self.1);
         self.0.changed.notify_all();
     }
 }
 
-impl Kept {
-    pub fn new(limit_bytes: usize) -> Self {
+impl Pool {
+    const fn new(limit: usize) -> Self {
         let state = State { blocks: Vec::new(), making: Vec::new(), spare: Vec::new() };
-        Self { state: Mutex::new(state), changed: Condvar::new(), limit_bytes }
+        Self { state: Mutex::new(state), changed: Condvar::new(), limit }
     }
 
     fn lock(&self) -> MutexGuard<'_, State> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Kept {
+    pub fn new() -> Self {
+        Self::within(&POOL)
+    }
+
+    fn within(pool: &'static Pool) -> Self {
+        Self { pool, owner: OWNERS.fetch_add(1, Ordering::Relaxed) }
     }
 
     /// The block of this key, made by `make` into an empty buffer if it is not there.
@@ -44,23 +71,24 @@ impl Kept {
         key: u64,
         make: impl FnOnce(&mut Vec<u8>) -> Result<(), Failure>,
     ) -> Result<Arc<Vec<u8>>, Failure> {
-        let mut state = self.lock();
+        let name = (self.owner, key);
+        let mut state = self.pool.lock();
         loop {
-            if let Some(at) = state.blocks.iter().position(|(other, _)| *other == key) {
+            if let Some(at) = state.blocks.iter().position(|(other, _)| *other == name) {
                 let found = state.blocks.remove(at);
                 let block = Arc::clone(&found.1);
                 state.blocks.push(found);
                 return Ok(block);
             }
-            if !state.making.contains(&key) {
+            if !state.making.contains(&name) {
                 break;
             }
-            state = self.changed.wait(state).unwrap_or_else(PoisonError::into_inner);
+            state = self.pool.changed.wait(state).unwrap_or_else(PoisonError::into_inner);
         }
-        state.making.push(key);
+        state.making.push(name);
         let mut buffer = state.spare.pop().unwrap_or_default();
         drop(state);
-        let mark = Making(self, key);
+        let mark = Making(self.pool, name);
         buffer.clear();
         make(&mut buffer)?;
         let block = self.put(key, buffer);
@@ -71,10 +99,10 @@ impl Kept {
     /// Keep a block that was made elsewhere.
     pub fn put(&self, key: u64, block: Vec<u8>) -> Arc<Vec<u8>> {
         let block = Arc::new(block);
-        let mut state = self.lock();
-        state.blocks.push((key, Arc::clone(&block)));
+        let mut state = self.pool.lock();
+        state.blocks.push(((self.owner, key), Arc::clone(&block)));
         let mut total: usize = state.blocks.iter().map(|(_, block)| block.capacity()).sum();
-        while total > self.limit_bytes && state.blocks.len() > 1 {
+        while total > self.pool.limit && state.blocks.len() > 1 {
             let (_, oldest) = state.blocks.remove(0);
             total -= oldest.capacity();
             // Fresh memory costs a fault for each page, so one buffer is used again.
@@ -87,9 +115,15 @@ impl Kept {
 
     /// A buffer to decode into, empty.
     pub fn buffer(&self) -> Vec<u8> {
-        let mut buffer = self.lock().spare.pop().unwrap_or_default();
+        let mut buffer = self.pool.lock().spare.pop().unwrap_or_default();
         buffer.clear();
         buffer
+    }
+}
+
+impl Drop for Kept {
+    fn drop(&mut self) {
+        self.pool.lock().blocks.retain(|((owner, _), _)| *owner != self.owner);
     }
 }
 
@@ -97,30 +131,45 @@ impl Kept {
 mod tests {
     use super::*;
 
+    fn pool() -> &'static Pool {
+        Box::leak(Box::new(Pool::new(100)))
+    }
+
+    fn fill(kept: &Kept, key: u64) -> bool {
+        let mut made = false;
+        let outcome = kept.get(key, |into| {
+            made = true;
+            into.resize(40, key as u8);
+            Ok(())
+        });
+        assert_eq!(outcome.unwrap()[..], [key as u8; 40]);
+        made
+    }
+
     #[test]
     fn a_block_is_made_once_and_the_oldest_goes() {
-        let kept = Kept::new(100);
-        for key in 0..5 {
-            kept.get(key, |into| {
-                into.resize(40, key as u8);
-                Ok(())
-            })
-            .unwrap();
-        }
-        assert_eq!(kept.get(4, |_| unreachable!()).unwrap()[0], 4);
-        let mut made = false;
-        kept.get(0, |into| {
-            made = true;
-            into.push(0);
-            Ok(())
-        })
-        .unwrap();
-        assert!(made);
+        let kept = Kept::within(pool());
+        assert!((0..5).all(|key| fill(&kept, key)));
+        assert!(!fill(&kept, 4));
+        assert!(fill(&kept, 0));
+    }
+
+    #[test]
+    fn sources_share_the_room_but_not_their_blocks() {
+        let pool = pool();
+        let (one, other) = (Kept::within(pool), Kept::within(pool));
+        assert!(fill(&one, 1));
+        assert!(fill(&other, 1), "the key is the same, the block is not");
+        assert!(!fill(&one, 1));
+        assert!(fill(&other, 2));
+        assert!(!fill(&one, 1) && fill(&other, 1), "the least lately used went, whosever it was");
+        drop(other);
+        assert!(pool.lock().blocks.iter().all(|((owner, _), _)| *owner == one.owner));
     }
 
     #[test]
     fn a_failed_making_can_be_tried_again() {
-        let kept = Kept::new(100);
+        let kept = Kept::within(pool());
         assert!(kept.get(1, |_| Err(Failure::new("no", 0))).is_err());
         assert!(kept.get(1, |_| Ok(())).is_ok());
     }

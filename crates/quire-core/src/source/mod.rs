@@ -196,6 +196,59 @@ pub trait Source: Send + Sync {
     fn enter_child(&self) {}
 }
 
+/// A range of what another source shows.
+pub struct Part {
+    inner: Arc<dyn Source>,
+    start: u64,
+    length: u64,
+}
+
+impl Part {
+    /// # Errors
+    /// The range does not lie within `inner`.
+    pub fn new(inner: Arc<dyn Source>, start: u64, length: u64) -> crate::Result<Self> {
+        if start.checked_add(length).is_none_or(|end| end > inner.size()) {
+            return Err(crate::Error::Invalid(format!(
+                "bytes {start} to {start}+{length} are outside {} bytes",
+                inner.size()
+            )));
+        }
+        Ok(Self { inner, start, length })
+    }
+}
+
+impl Source for Part {
+    fn size(&self) -> u64 {
+        self.length
+    }
+
+    fn fill(&self, offset: u64, into: &mut [u8]) -> Filled {
+        self.inner.fill(self.start + offset, into)
+    }
+
+    fn unit(&self, offset: u64) -> Range<u64> {
+        let unit = self.inner.unit(self.start + offset);
+        let within = |at: u64| at.saturating_sub(self.start).min(self.length);
+        within(unit.start)..within(unit.end)
+    }
+
+    fn address_of(&self, offset: u64, len: usize) -> Option<usize> {
+        self.inner.address_of(self.start + offset, len)
+    }
+
+    fn is_signal_safe(&self) -> bool {
+        self.inner.is_signal_safe()
+    }
+
+    fn parallel_fills(&self) -> usize {
+        self.inner.parallel_fills()
+    }
+
+    fn enter_child(&self) {
+        self.inner.enter_child();
+    }
+}
+
 /// Raw bytes shown as they are.
 pub struct Plain<R>(pub R);
 

@@ -14,8 +14,6 @@ pub const CHUNK: usize = 1 << 20;
 pub const CHUNK_MAX: usize = 2 << 20;
 /// Points in one stream, at most; when there are more, every other one goes.
 const POINTS: usize = 2048;
-/// Decoded chunks kept, in bytes.
-const KEPT: usize = 4 * CHUNK_MAX;
 /// Output is asked for in pieces of at least this, whatever is wanted.
 const PIECE: usize = 64 * 1024;
 
@@ -153,7 +151,7 @@ impl<C: Codec> Stream<C> {
             declared,
             front: Mutex::new(front),
             index: Mutex::new(index),
-            kept: Kept::new(KEPT),
+            kept: Kept::new(),
             live: Mutex::new(Vec::new()),
         }
     }

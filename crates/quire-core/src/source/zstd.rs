@@ -16,7 +16,6 @@ const KIND: u32 = 3;
 const WHOLE: u64 = 4 << 20;
 /// Frames want windows of at most 128 MiB, so that memory is bounded.
 const WINDOW_LOG: u32 = 27;
-const KEPT: usize = 16 << 20;
 /// Long frames whose state is kept.
 const STREAMS: usize = 2;
 const BLOCK: u64 = 128 * 1024;
@@ -68,7 +67,7 @@ impl Zstd {
             frames,
             starts: Mutex::new(vec![0]),
             scan: Mutex::new(None),
-            kept: Kept::new(KEPT),
+            kept: Kept::new(),
             contexts: Mutex::new(Vec::new()),
             streams: Mutex::new(Vec::new()),
         };

@@ -1,7 +1,7 @@
 //! Address space that this process owns: reserved, mapped piece by piece, given back on drop.
 #![allow(unsafe_code)]
 
-use std::mem::MaybeUninit;
+use std::mem::{ManuallyDrop, MaybeUninit};
 use std::os::fd::{AsRawFd, BorrowedFd};
 
 use crate::sys::file::errno;
@@ -62,6 +62,14 @@ impl Area {
             return Err(Error::os("mmap", errno));
         }
         Ok(Self { addr: addr as usize, len })
+    }
+
+    /// Address space that somebody else has mapped and will unmap: it is never dropped.
+    ///
+    /// The caller promises that nothing else is there, and that no Rust reference points into it.
+    #[must_use]
+    pub const fn of_another(addr: usize, len: usize) -> ManuallyDrop<Self> {
+        ManuallyDrop::new(Self { addr, len })
     }
 
     #[must_use]

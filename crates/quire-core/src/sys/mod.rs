@@ -2,6 +2,7 @@
 
 pub mod area;
 pub mod calls;
+pub mod dl;
 pub mod file;
 pub mod fork;
 pub mod futex;

@@ -1,0 +1,427 @@
+//! A shared object in memory: laid out for the dynamic linker, linked, and its constructors run.
+#![allow(unsafe_code)]
+
+use std::ffi::{CStr, CString, c_int};
+use std::ops::Range;
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+use std::sync::{Arc, Mutex, PoisonError};
+
+use super::plan::{Plan, Segment};
+use super::reader::Reader;
+use crate::elf::Linkage;
+use crate::pages::PAGE;
+use crate::region::{self, Backend, Discard, Figures, Region, RegionError, View};
+use crate::source::{Failure, Source};
+use crate::sys::area::Access;
+use crate::sys::{dl, memfd};
+use crate::{Error, Result};
+
+/// Objects with less than this to leave out are loaded whole: what keeps track of it would take as much.
+const WORTH_BYTES: u64 = 256 << 10;
+/// What is copied at once into a file that is loaded whole.
+const COPY_BYTES: usize = 1 << 20;
+/// Dynamic linkers ignore entries whose tag they do not know; this one is in the range kept for operating systems.
+const HIDDEN_TAG: u64 = 0x6000_7175;
+
+/// How an object is kept in memory.
+enum Body {
+    /// All of it, in a sealed file.
+    Whole {
+        file: OwnedFd,
+        reason: String,
+    },
+    Paged(Paged),
+}
+
+/// What is touched of it, and what the dynamic linker needs.
+struct Paged {
+    region: region::Handle,
+    plan: Plan,
+}
+
+/// Where a library stands in its life.
+enum State {
+    Prepared,
+    Open(dl::Handle),
+    Closed,
+}
+
+/// A shared object that is ready for the dynamic linker, or has been linked.
+pub struct Library {
+    path: CString,
+    linkage: Linkage,
+    /// Never dropped while the dynamic linker has the object: it may come to run its code, up to the process's end.
+    body: Mutex<Option<Body>>,
+    state: Mutex<State>,
+    /// Of the file.
+    size: u64,
+}
+
+/// How much of a library is where.
+#[derive(Clone)]
+pub struct Share {
+    /// Why all of it was loaded at once; empty if it was not.
+    pub reason: String,
+    /// Bytes of the file.
+    pub size: u64,
+    /// Bytes that are filled when they are touched.
+    pub lazy_bytes: u64,
+    /// Those of them that are in memory.
+    pub filled_bytes: u64,
+    pub figures: Option<Figures>,
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+impl Library {
+    /// Lay an object out in memory, as far as the dynamic linker needs it, and check it.
+    ///
+    /// `whole`: why to load it whole, if that is wanted. `crc`: the CRC-32 of the file, which is checked if it is loaded
+    /// whole. May wait for the source; forks wait for it.
+    ///
+    /// # Errors
+    /// Malformed, with the field that is wrong; what the source raises; no memory.
+    pub fn prepare(
+        source: Arc<dyn Source>,
+        name: &str,
+        window_bytes: u64,
+        whole: Option<String>,
+        crc: Option<u32>,
+    ) -> std::result::Result<Self, RegionError> {
+        let size = source.size();
+        let reason = match whole {
+            Some(reason) => reason,
+            None if size < WORTH_BYTES => format!("its {size} bytes are not worth being left out"),
+            None => match Self::paged(&source, name, window_bytes)? {
+                Ok(paged) => return Self::of(size, Body::Paged(paged)),
+                Err(reason) => reason,
+            },
+        };
+        let file = region::reading(|| copy(source.as_ref(), &label(name), crc))??;
+        // Checked after it was copied: what is read twice might differ.
+        plan_of(Reader::of_file(&file, size)?)?;
+        Self::of(size, Body::Whole { file, reason })
+    }
+
+    fn of(size: u64, body: Body) -> std::result::Result<Self, RegionError> {
+        let linkage = Linkage::of_file(body.file())?;
+        let path = path_of(body.file());
+        let state = Mutex::new(State::Prepared);
+        Ok(Self { path, linkage, body: Mutex::new(Some(body)), state, size })
+    }
+
+    /// A region that shows the object, with what is needed at once filled in; or why that cannot be.
+    fn paged(
+        source: &Arc<dyn Source>,
+        name: &str,
+        window_bytes: u64,
+    ) -> std::result::Result<std::result::Result<Paged, String>, RegionError> {
+        let settings = region::Settings {
+            name: name.to_owned(),
+            window_bytes,
+            discard: Discard::Pressure,
+            backend: Backend::Thread,
+            executable: false,
+            shared: Some(unused(region::shared_file(&label(name), source.size())?)?),
+            budget_bytes: None,
+            sparse: true,
+        };
+        let region = match Region::open(Arc::clone(source), settings) {
+            Ok(region) => region,
+            Err(RegionError::Core(Error::Unsupported(text))) => return Ok(Err(text)),
+            Err(error) => return Err(error),
+        };
+        if !region.serves_system_calls() {
+            return Ok(Err("userfaultfd is allowed for faults in user mode only (vm.unprivileged_userfaultfd), \
+                           and system calls read constants of libraries"
+                .to_owned()));
+        }
+        let plan = plan_of(Reader::of_region(&region))?;
+        if let Some(whole) = plan.whole {
+            return Ok(Err(whole.reason().to_owned()));
+        }
+        if plan.lazy(region.window_bytes() as u64) < WORTH_BYTES {
+            return Ok(Err("little of it could be left out".to_owned()));
+        }
+        for range in &plan.eager {
+            region.pin(range.start, range.end - range.start)?;
+        }
+        let file = region.shared_file().ok_or_else(|| Error::Invalid("the region is not shared".to_owned()))?;
+        for place in &plan.constructor_tags {
+            memfd::write_all(file, &HIDDEN_TAG.to_le_bytes(), *place)?;
+        }
+        Ok(Ok(Paged { region, plan }))
+    }
+
+    /// By what path the dynamic linker opens it, and knows it from then on.
+    #[must_use]
+    pub fn path(&self) -> &CStr {
+        &self.path
+    }
+
+    #[must_use]
+    pub const fn linkage(&self) -> &Linkage {
+        &self.linkage
+    }
+
+    /// Have the dynamic linker load it, and run its constructors. What it needs must be loaded before, unless the dynamic
+    /// linker finds it by itself.
+    ///
+    /// Returns the handle, which is the library's: `close` gives it back.
+    ///
+    /// # Errors
+    /// What the dynamic linker says, with the path in it; or that filling failed.
+    pub fn open(&self, mode: c_int) -> std::result::Result<dl::Handle, OpenError> {
+        let mut state = lock(&self.state);
+        match &*state {
+            State::Open(handle) => return Ok(*handle),
+            State::Closed => return Err(OpenError::Linker("the library is closed".to_owned())),
+            State::Prepared => {}
+        }
+        let body = lock(&self.body);
+        let Some(Body::Paged(paged)) = &*body else {
+            drop(body);
+            // Constructors run inside and may do anything, except opening the same library again.
+            let handle = dl::Handle::open(&self.path, mode).map_err(OpenError::Linker)?;
+            *state = State::Open(handle);
+            return Ok(handle);
+        };
+        // Nobody else is to find symbols of it before its constructors have run.
+        let quiet = mode & !libc::RTLD_GLOBAL;
+        let handle = dl::Handle::open(&self.path, quiet).map_err(OpenError::Linker)?;
+        *state = State::Open(handle);
+        let bias = handle.bias().map_err(OpenError::Linker)?;
+        paged.attach(bias)?;
+        let (init, array) = (paged.plan.init, paged.plan.init_array.clone());
+        drop(body);
+        drop(state);
+        let at = |address: u64| bias + address as usize;
+        // SAFETY: the addresses were checked to lie within the object, which is linked; its constructors were hidden from
+        // the dynamic linker, and run here once, since the state was Prepared.
+        unsafe { dl::construct(init.map(at), at(array.start), ((array.end - array.start) / 8) as usize) };
+        if mode != quiet {
+            // Once more, to make its symbols known; the reference that this counts is not needed.
+            let global = dl::Handle::open(&self.path, mode | libc::RTLD_NOLOAD).map_err(OpenError::Linker)?;
+            global.close().map_err(OpenError::Linker)?;
+        }
+        Ok(handle)
+    }
+
+    /// Give the library's own reference back. True if the object was unloaded: others may hold references, and some objects
+    /// are never unloaded.
+    ///
+    /// # Errors
+    /// What the dynamic linker says.
+    pub fn close(&self) -> std::result::Result<bool, String> {
+        let mut state = lock(&self.state);
+        let before = std::mem::replace(&mut *state, State::Closed);
+        drop(state); // destructors run now
+        if let State::Open(handle) = before {
+            handle.close()?;
+            if dl::Handle::find(&self.path).is_some() {
+                return Ok(false);
+            }
+        }
+        if let Some(body) = lock(&self.body).take() {
+            if let Body::Paged(paged) = &body {
+                paged.region.detach();
+            }
+            drop(body);
+        }
+        Ok(true)
+    }
+
+    /// Fill all of it, which then stays until the kernel or `discard` takes it.
+    ///
+    /// # Errors
+    /// What the source raises.
+    pub fn fill(&self) -> std::result::Result<(), RegionError> {
+        match self.region() {
+            Some(region) => region.prefetch(0, region.size()),
+            None => Ok(()),
+        }
+    }
+
+    /// Take back what can be filled again. Returns how many bytes that was.
+    ///
+    /// # Errors
+    /// What the kernel refuses.
+    pub fn discard(&self) -> Result<u64> {
+        match self.region() {
+            Some(region) => Ok(region.discard(0, region.size())? as u64 * region.window_bytes() as u64),
+            None => Ok(0),
+        }
+    }
+
+    fn region(&self) -> Option<Arc<Region>> {
+        match &*lock(&self.body) {
+            Some(Body::Paged(paged)) => Some(Arc::clone(&paged.region)),
+            _ => None,
+        }
+    }
+
+    /// # Errors
+    /// What the kernel refuses.
+    pub fn share(&self) -> Result<Share> {
+        let nothing = Share { reason: String::new(), size: self.size, lazy_bytes: 0, filled_bytes: 0, figures: None };
+        match &*lock(&self.body) {
+            Some(Body::Paged(paged)) => {
+                let lazy = paged.plan.lazy_ranges(paged.region.window_bytes() as u64);
+                Ok(Share {
+                    lazy_bytes: lazy.iter().map(|range| range.end - range.start).sum(),
+                    filled_bytes: paged.region.resident_of(&lazy)?,
+                    figures: Some(paged.region.figures()),
+                    ..nothing
+                })
+            }
+            Some(Body::Whole { reason, .. }) => Ok(Share { reason: reason.clone(), ..nothing }),
+            None => Ok(Share { reason: "it is closed".to_owned(), ..nothing }),
+        }
+    }
+}
+
+impl Drop for Library {
+    fn drop(&mut self) {
+        if matches!(*lock(&self.state), State::Prepared) {
+            return;
+        }
+        // Still loaded: its code needs what is behind it until the process ends.
+        if let Some(body) = lock(&self.body).take() {
+            std::mem::forget(body);
+        }
+    }
+}
+
+/// Why the dynamic linker has not loaded an object.
+#[derive(Debug)]
+pub enum OpenError {
+    Linker(String),
+    Region(RegionError),
+}
+
+impl From<RegionError> for OpenError {
+    fn from(error: RegionError) -> Self {
+        Self::Region(error)
+    }
+}
+
+impl Paged {
+    /// The object was mapped: fill what is touched of it from now on.
+    fn attach(&self, bias: usize) -> std::result::Result<(), RegionError> {
+        let views = self.plan.lazy_segments().map(|segment| {
+            let start = segment.address / PAGE * PAGE;
+            let len = (segment.address + segment.file_bytes).next_multiple_of(PAGE) - start;
+            let access = if segment.executable { Access::ReadExecute } else { Access::Read };
+            View::new(bias + start as usize, len as usize, (segment.offset / PAGE * PAGE) as usize, access)
+        });
+        let attached = self.region.attach(views.collect(), &self.plan.eager);
+        if let Err(error) = attached {
+            // It is mapped, and can be unmapped only by running its destructors: so it must be whole.
+            self.region.pin(0, self.region.size())?;
+            return Err(error.into());
+        }
+        Ok(())
+    }
+}
+
+impl Plan {
+    /// The segments that the dynamic linker only reads.
+    pub fn lazy_segments(&self) -> impl Iterator<Item = &Segment> {
+        self.segments.iter().filter(|segment| segment.is_lazy())
+    }
+
+    /// Ranges of the file, in whole windows, that can be left until they are touched.
+    #[must_use]
+    pub fn lazy_ranges(&self, window: u64) -> Vec<Range<u64>> {
+        let mut left = Vec::new();
+        for segment in self.lazy_segments() {
+            let (mut at, end) = (segment.offset / PAGE * PAGE, segment.offset + segment.file_bytes);
+            for eager in &self.eager {
+                let (start, stop) = (eager.start / window * window, eager.end.next_multiple_of(window));
+                if stop <= at || start >= end {
+                    continue;
+                }
+                if start > at {
+                    left.push(at..start);
+                }
+                at = at.max(stop);
+            }
+            if at < end {
+                left.push(at..end);
+            }
+        }
+        left
+    }
+
+    fn lazy(&self, window: u64) -> u64 {
+        self.lazy_ranges(window).iter().map(|range| range.end - range.start).sum()
+    }
+}
+
+impl Body {
+    fn file(&self) -> BorrowedFd<'_> {
+        match self {
+            Self::Whole { file, .. } => file.as_fd(),
+            Self::Paged(paged) => paged.region.shared_file().expect("a paged library's region is shared"),
+        }
+    }
+}
+
+/// The path by which the dynamic linker opens a file. Not below /proc/self: a debugger that looks for it is another process.
+fn path_of(file: BorrowedFd<'_>) -> CString {
+    CString::new(format!("/proc/{}/fd/{}", std::process::id(), file.as_raw_fd())).expect("no NUL in it")
+}
+
+/// Move a new file's descriptor until its path is not the name of something that the dynamic linker has loaded.
+///
+/// It compares names before files, and numbers of descriptors come again that were closed behind our back, as daemons
+/// close all.
+fn unused(mut file: OwnedFd) -> Result<OwnedFd> {
+    let mut taken = Vec::new();
+    while dl::Handle::find(&path_of(file.as_fd())).is_some() {
+        let moved = file.try_clone();
+        let moved = moved.map_err(|error| Error::os("fcntl(F_DUPFD_CLOEXEC)", error.raw_os_error().unwrap_or(0)))?;
+        taken.push(std::mem::replace(&mut file, moved));
+    }
+    Ok(file)
+}
+
+/// What the file is called in `/proc/PID/maps`: the end of the object's name.
+fn label(name: &str) -> CString {
+    /// The kernel takes 249 bytes.
+    const MOST: usize = 200;
+    let start = (name.len().saturating_sub(MOST)..).find(|at| name.is_char_boundary(*at)).unwrap_or(0);
+    CString::new(format!("quire:{}", &name[start..]).replace('\0', "")).expect("no NUL is left")
+}
+
+/// Read and check an object. A part that cannot be had is told as such, and not as one that is wrong.
+fn plan_of(reader: Reader<'_>) -> std::result::Result<Plan, RegionError> {
+    let file = object::ReadCache::new(reader);
+    let plan = Plan::read(&file);
+    match (plan, file.into_inner().failure) {
+        (Err(_), Some(failure)) => Err(failure),
+        (plan, _) => Ok(plan?),
+    }
+}
+
+/// Copy all of a source into a file that nobody can change any more.
+fn copy(source: &dyn Source, label: &CStr, crc: Option<u32>) -> std::result::Result<OwnedFd, RegionError> {
+    let file = unused(memfd::create(label)?)?;
+    let size = source.size();
+    memfd::truncate(file.as_fd(), size)?;
+    let mut buffer = vec![0; COPY_BYTES];
+    let mut hasher = crc32fast::Hasher::new();
+    for at in (0..size).step_by(COPY_BYTES) {
+        let part = &mut buffer[..(size - at).min(COPY_BYTES as u64) as usize];
+        source.fill(at, part)?;
+        hasher.update(part);
+        memfd::write_all(file.as_fd(), part, at)?;
+    }
+    if crc.is_some_and(|crc| crc != hasher.finalize()) {
+        return Err(Failure::new("CRC-32 mismatch", 0).into());
+    }
+    memfd::add_seals(file.as_fd(), libc::F_SEAL_WRITE | libc::F_SEAL_SHRINK | libc::F_SEAL_GROW | libc::F_SEAL_SEAL)?;
+    Ok(file)
+}

@@ -1,0 +1,9 @@
+//! Loading shared objects whose code is filled in when it is first touched. docs/images.md has the whole picture.
+
+mod library;
+pub mod plan;
+mod reader;
+mod versions;
+
+pub use library::{Library, OpenError, Share};
+pub use plan::{Plan, Whole};
