@@ -9,10 +9,35 @@ from pathlib import Path
 # Threads of a linear algebra library would be stopped by every fork, at the cost of the peer.
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
-from benches import diff, faults, growth, handover, machine, maps, regions, report, starting, versions, wheels
+from benches import (
+    diff,
+    faults,
+    growth,
+    handover,
+    images,
+    machine,
+    maps,
+    regions,
+    report,
+    starting,
+    versions,
+    wheels,
+)
 from benches.common import FULL, QUICK
 
-ROWS = ("versions", "handover", "diff", "first", "faults", "regions", "wheels", "maps", "import", "growth")
+ROWS = (
+    "versions",
+    "handover",
+    "diff",
+    "first",
+    "faults",
+    "regions",
+    "wheels",
+    "maps",
+    "images",
+    "import",
+    "growth",
+)
 
 
 def main() -> int:
@@ -55,6 +80,8 @@ def main() -> int:
         rows += wheels.measure(plan)
     if announce("maps"):
         rows += maps.measure(plan)
+    if announce("images"):
+        rows += images.measure(plan)
     started = starting.measure(plan) if announce("import") else None
     grown = growth.measure(plan) if announce("growth") else None
     report.write(

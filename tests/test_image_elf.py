@@ -3,6 +3,8 @@
 import os
 import pathlib
 import shutil
+import subprocess
+import sys
 
 import pytest
 from elfpeers import against_pyelftools, against_readelf, elf_files, is_sampled
@@ -58,3 +60,9 @@ def test_what_is_installed_would_be_loaded(files: list[pathlib.Path]) -> None:
     for path in files:
         with opened(path) as image:
             image.check()
+
+
+def test_the_package_is_there_without_an_import_of_its_own() -> None:
+    script = "import quire, sys; print('quire.image' in sys.modules, quire.image.read(sys.executable).kind)"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert done.stdout == "False executable\n"

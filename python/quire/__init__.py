@@ -117,6 +117,7 @@ _LATER = {
     "wire": ("Channel", "recv", "send"),
 }
 _HOMES = {name: module for module, names in _LATER.items() for name in names}
+_PACKAGES = ("image",)
 
 
 def __getattr__(name: str) -> Any:
@@ -129,6 +130,10 @@ def __getattr__(name: str) -> Any:
         from importlib import import_module
 
         value = getattr(import_module(f"quire.{_HOMES[name]}"), name)
+    elif name in _PACKAGES:
+        from importlib import import_module
+
+        value = import_module(f"quire.{name}")
     else:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     globals()[name] = value

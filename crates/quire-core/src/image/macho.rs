@@ -558,3 +558,37 @@ impl Trie<'_> {
 fn wrong(why: &str) -> crate::Error {
     malformed("the exports trie", why)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn walked(bytes: &[u8]) -> Result<Vec<Export>> {
+        Trie { bytes, names: Names::of(bytes) }.walk()
+    }
+
+    #[test]
+    fn exports_are_found_in_the_order_of_the_trie() {
+        // The root with two children: `_a` at 0x10, and `_b`, which another library has as `_c`.
+        let bytes = b"\0\x02_a\0\x0a_b\0\x0e\x02\0\x10\0\x05\x08\x02_c\0\0";
+        let found = walked(bytes).expect("well-formed");
+        assert_eq!(found.len(), 2);
+        assert_eq!((&found[0].name[..], found[0].address, &found[0].forward), (&b"_a"[..], 0x10, &None));
+        assert_eq!((&found[1].name[..], &found[1].forward), (&b"_b"[..], &Some((2, b"_c".to_vec()))));
+        for len in 1..bytes.len() - 1 {
+            assert!(walked(&bytes[..len]).is_err(), "cut to {len}");
+        }
+    }
+
+    #[test]
+    fn shared_nodes_are_refused_at_once() {
+        // Each node of eight bytes has two children, both the next one: 2^14 ways to the last, of which none is walked.
+        let mut bytes = Vec::new();
+        for next in (1..15u8).map(|node| node * 8) {
+            bytes.extend([0, 2, b'a', 0, next, b'b', 0, next]);
+        }
+        bytes.extend([0, 0]);
+        let error = walked(&bytes).expect_err("shared").to_string();
+        assert!(error.contains("twice"), "{error}");
+    }
+}
