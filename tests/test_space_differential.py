@@ -58,6 +58,7 @@ FOUND = {
     "MREMAP_DONTUNMAP of a part keeps the charge of the whole": "090b6fed69529006890f328cf68f28d7",
     "a move with MREMAP_DONTUNMAP moves each part once": "0abe332ccbdcadd3890f328cf68f28d7",
     "shrinking from beyond the end of the space is refused": "0a27d6e0d21d8411a2e308f766b765dd",
+    "a move that shrinks charges what it cuts off": "ec48cb7f3a023f2f9b5782f42da32ac5",
     "the sum of address and old length wraps around": "9e3729f711bf4793",
 }
 

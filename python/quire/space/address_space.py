@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Self
 
-from quire.space import faults, forking, mapping, protecting, remapping, text
+from quire.space import executing, faults, forking, mapping, protecting, remapping, text
 from quire.space.accounting import Sizes, sizes
 from quire.space.constants import PAGE_SHIFT
 from quire.space.outcome import CallError
@@ -13,8 +13,9 @@ from quire.space.probing import running_rules
 from quire.space.state import State
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterable, Iterator, Mapping
 
+    from quire.image.operations import Operation
     from quire.space.faults import Fault
     from quire.space.machine import Machine
     from quire.space.outcome import Outcome
@@ -208,6 +209,26 @@ class AddressSpace:
         child = type(self)(self.rules, machine=self.machine)
         forking.fork(self._state, child._state)
         return child
+
+    def exec(self, plan: Iterable[Operation], files: Mapping[str, File]) -> Outcome:
+        """Replace everything by what a load plan maps, as ``execve`` and the dynamic linker do.
+
+        Args:
+            plan: Operations in order, such as `quire.image` makes for an image.
+            files: What the plan's files are: ``image``, and ``interpreter`` if it names one.
+
+        Returns:
+            The outcome, of value 0. Pages that a plan zeroes, copies or relocates are touched, others are
+            not. The stack lies at the top of the space.
+
+        Raises:
+            CallError: An operation failed; what was done before it remains, as in a process that the kernel
+                then kills.
+            KeyError: The plan maps a file that ``files`` lacks.
+            ValueError: An operation that is none of a plan's.
+        """
+        state = self._state
+        return state.call(lambda: executing.execute(state, plan, files))
 
     def clear(self) -> None:
         """Unmap everything, as the end of a process does."""

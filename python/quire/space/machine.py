@@ -13,14 +13,16 @@ class Machine:
 
     Attributes:
         rules: Which say how much may be charged.
+        leaked_pages: Charged, and by a bug of the kernel never given back.
         committed_pages: Charged now, by all spaces and by shared anonymous memory.
     """
 
-    __slots__ = ("committed_pages", "rules")
+    __slots__ = ("committed_pages", "leaked_pages", "rules")
 
     def __init__(self, rules: Rules) -> None:
         self.rules = rules
         self.committed_pages = 0
+        self.leaked_pages = 0
 
     def charge(self, pages: int) -> bool:
         """Charge pages if the rules allow it; return whether they were."""

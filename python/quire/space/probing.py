@@ -93,6 +93,7 @@ class _Probe:
                 move_many=self.moves_many(),
                 check_before_unmap=self.checks_before_unmap(),
                 dontunmap_drops_account=self.dontunmap_drops_account(),
+                shrinking_move_charges=self.shrinking_move_charges(),
                 uncharge_unfaulted=self.uncharges_unfaulted(),
                 guard_any=self.run(lambda: self.guard(PROT_READ)) == 0,
                 guard_flag=self.guard_flag(),
@@ -227,6 +228,15 @@ class _Probe:
             self.move(0, 1, 8, MREMAP_MAYMOVE | MREMAP_FIXED | MREMAP_DONTUNMAP)
 
         return b"ac" not in self.flags(self.text(FD_SMAPS, build))
+
+    def shrinking_move_charges(self) -> bool:
+        """Whether a move to fewer pages fails for the many there were; not seen if every charge succeeds."""
+
+        def build() -> int:
+            self.fixed(0, 1)
+            return self.calls.call("mremap", _AT, 1 << 45, PAGE_SIZE, 3, _AT + (1 << 46))
+
+        return self.run(build) == -errno.ENOMEM
 
     def uncharges_unfaulted(self) -> bool:
         def build() -> None:

@@ -133,13 +133,20 @@ def _move_to(state: State, vma: VMA, address: int, old: int, new: int, flags: in
         if found is None:
             raise CallError(errno.EFAULT, "mremap", "the new range held the old one")
         vma = found
-    if new < old:
+    cut_off = max(0, old - new)
+    if cut_off:
         _shrink(state, address, old, new)
         old = new
         found = state.tree.at(address)
         assert found is not None
         vma = found
     _check_source(vma, address, old)
+    if cut_off and vma.flags & VM_ACCOUNT and state.rules.shrinking_move_charges:
+        # The kernel takes the difference of the lengths for growth.
+        pages = cut_off >> PAGE_SHIFT
+        if not state.machine.charge(pages):
+            raise CallError(errno.ENOMEM, "mremap", f"{pages} pages cannot be charged")
+        state.machine.leaked_pages += pages
     return _move(state, vma, address, old, new, flags, target)
 
 
@@ -218,6 +225,8 @@ def _move(state: State, vma: VMA, address: int, old: int, new: int, flags: int, 
     if keep:
         if state.rules.dontunmap_drops_account:
             # Those kernels forget the charge of the whole VMA, and never give it back.
+            if vma.flags & VM_ACCOUNT:
+                state.machine.leaked_pages += (vma.end - vma.start) >> PAGE_SHIFT
             vma.flags &= ~VM_ACCOUNT
         if copy is not vma and vma.start == address and vma.end == address + old:
             unlink_chain(vma)

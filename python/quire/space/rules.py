@@ -33,6 +33,7 @@ class Rules:
         check_before_unmap: Whether ``mremap`` checks the source before it unmaps the target (6.17).
         dontunmap_drops_account: Whether MREMAP_DONTUNMAP forgets that the old VMA is charged (before a fix
             that reached 6.18).
+        shrinking_move_charges: Whether a move that also shrinks charges what it cuts off, for good.
         uncharge_unfaulted: Whether ``mprotect`` gives back the charge of memory that becomes read-only before
             its first fault (6.2).
         guard_any: Whether MADV_GUARD_INSTALL takes files and read-only memory (6.15).
@@ -59,6 +60,7 @@ class Rules:
     move_many: bool = True
     check_before_unmap: bool = True
     dontunmap_drops_account: bool = False
+    shrinking_move_charges: bool = True
     uncharge_unfaulted: bool = True
     guard_any: bool = True
     guard_flag: bool = True
