@@ -349,7 +349,7 @@ def steps(lesson: Sequence[Step], console: Console) -> RenderableType:
         style = "red" if step.failed else "green"
         lines = [Text(printable(line)) for line in step.said]
         lines += [Text(printable(note), style=style) for note in step.notes]
-        parts += [Padding(line, (0, 0, 0, 3)) for line in lines]
+        parts += [Padding(line, (0, 0, 0, 3), expand=False) for line in lines]
         for panel in step.panels:
             if len(step.panels) > 1:
                 parts.append(Text(printable(panel.title), style="italic"))
