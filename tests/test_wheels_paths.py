@@ -156,6 +156,25 @@ assert open(os.path.realpath("link.whl/pkg/data/one.txt")).readline() == "first\
     )
 
 
+def test_paths_that_climb_out(tmp_path: Folder) -> None:
+    wheel = make_wheel(tmp_path / "w.whl", MEMBERS)
+    (tmp_path / "outside.txt").write_text("outside")
+    isolated(
+        """
+import os, pkg
+for path in ("/data/../../../outside.txt", "/../../outside.txt", "/../..", "/../../../../../../etc/passwd"):
+    for call in (open, os.stat, os.listdir):
+        try:
+            call(pkg.here + path)
+            raise AssertionError(path)
+        except NotADirectoryError:
+            pass
+assert open(pkg.here + "/data/../../pkg/data/one.txt").readline() == "first\\n"
+""",
+        wheel,
+    )
+
+
 def test_ctypes(tmp_path: Folder) -> None:
     inner = compiled_library(
         tmp_path, "libinner.so", "int inner(void) { return 40; }", "-Wl,-soname,libinner.so"
