@@ -315,7 +315,9 @@ try:
 except KeyError:
     assert "raise KeyError('here')" in traceback.format_exc()
 assert {{m.name for m in pkgutil.iter_modules(pkg.__path__)}} == {{"ext"}}
-assert {{m.name for m in pkgutil.iter_modules(["{wheel}"])}} == {{"pkg"}}
+assert [(m.name, m.ispkg) for m in pkgutil.iter_modules(["{wheel}"])] == [("pkg", True)]
+assert [m.name for m in pkgutil.walk_packages(["{wheel}"])] == ["pkg", "pkg.ext"]
+assert pkg.__loader__._files and pkg.__loader__.get_data("pkg/data.txt") == b"text"
 """,
         wheel,
         other,

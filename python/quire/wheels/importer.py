@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import pkgutil
+import posix
+import stat
 import sys
 import zipimport
 import zlib
@@ -94,9 +97,18 @@ class WheelImporter(zipimport.zipimporter):
     """
 
     def __init__(self, path: str) -> None:
-        super().__init__(path)
+        # zipimport would read the archive's directory, too, with code that takes as long as all else here.
+        self.archive, self.prefix = _split(path)
         self.wheel = open_wheel(self.archive)
         """The wheel's directory. Not public."""
+
+    def __getattr__(self, name: str) -> Any:
+        """Read the directory as zipimport has it, when something asks for it."""
+        if name != "_files":
+            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+        with self._reading():
+            self._files = zipimport.zipimporter(self.archive)._files  # type: ignore[attr-defined]
+        return self._files
 
     def find_spec(
         self,
@@ -177,6 +189,7 @@ class WheelImporter(zipimport.zipimporter):
     def invalidate_caches(self) -> None:
         """Read the wheel's directory again if the file has changed."""
         super().invalidate_caches()
+        vars(self).pop("_files", None)
         with contextlib.suppress(OSError, ImportError):
             # A file that is gone, or no wheel any more, finds nothing: zipimport sees to that.
             self.wheel = open_wheel(self.archive)
@@ -219,6 +232,44 @@ class WheelImporter(zipimport.zipimporter):
         if folder is not None:
             spec.submodule_search_locations = [f"{self.archive}/{folder}"]
         return spec
+
+
+def _split(path: str) -> tuple[str, str]:
+    """Tell the archive and the folder in it, which ends with a slash if it is not the root, of an entry."""
+    archive, folder = path, ""
+    while archive:
+        try:
+            # Not that of os, which may be one that looks into wheels.
+            status = posix.stat(archive)
+        except (OSError, ValueError):
+            archive, _, base = archive.rpartition("/")
+            folder = f"{base}/{folder}"
+            continue
+        if stat.S_ISREG(status.st_mode):
+            return archive, folder.lstrip("/")
+        break
+    raise ImportError(f"{path!r} leads into no wheel", path=path)
+
+
+def _iter_modules(importer: WheelImporter, prefix: str = "") -> Iterator[tuple[str, bool]]:
+    """List modules and packages for pkgutil, which would look for the directory where zipimport keeps it."""
+    from inspect import getmodulename  # noqa: PLC0415 - slow to import, and seldom needed
+
+    found: dict[str, bool] = {}
+    for root in (importer.prefix, *(root for root in importer.wheel.roots if not importer.prefix)):
+        for member in importer.wheel.members:
+            head, slash, below = member.removeprefix(root).partition("/")
+            if member.startswith(root) and (name := getmodulename(below if slash else head)) is not None:
+                if slash and name == "__init__":
+                    found[head] = True
+                elif not slash and name != "__init__":
+                    found.setdefault(name, False)
+    for name in sorted(found):
+        if "." not in name:
+            yield prefix + name, found[name]
+
+
+pkgutil.iter_importer_modules.register(WheelImporter, _iter_modules)  # type: ignore[attr-defined]
 
 
 def _is_init(member: str) -> bool:
