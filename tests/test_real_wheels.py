@@ -23,6 +23,8 @@ PROJECTS = {
 
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
+# Compiling takes most of the time of these tests.
+CODE_CACHE = ROOT / "target" / "code-cache"
 
 
 @pytest.fixture(scope="session")
@@ -69,6 +71,7 @@ assert pickle.loads(pickle.dumps(np.add)) is np.add
 assert importlib.metadata.version("numpy") == np.__version__
 """,
         *wheels["numpy"],
+        code_cache=CODE_CACHE,
     )
 
 
@@ -91,6 +94,7 @@ print(ran)
 """,
         *wheels["numpy"],
         *wheels["pytest"],
+        code_cache=CODE_CACHE,
     )
     assert int(out) >= 20
 
@@ -106,6 +110,7 @@ assert pd.Timestamp("2024-02-28") + pd.Timedelta("1D") == pd.Timestamp(2024, 2, 
 assert ".whl/pandas/_libs/" in pd._libs.lib.__file__
 """,
         *wheels["pandas"],
+        code_cache=CODE_CACHE,
     )
 
 
@@ -128,6 +133,7 @@ sheet = etree.XSLT(etree.XML('<x:stylesheet version="1.0" xmlns:x="http://www.w3
 assert sheet(root).getroot().text == "2"
 """,
         *wheels["lxml"],
+        code_cache=CODE_CACHE,
     )
 
 
@@ -148,4 +154,5 @@ else:
 """,
         *wheels["orjson"],
         *wheels["pydantic-core"],
+        code_cache=CODE_CACHE,
     )
