@@ -95,6 +95,8 @@ def daemon(
         process.terminate()
         process.wait(20)
         assert process.stderr is not None
+        # Shown where a test fails.
+        sys.stderr.write(process.stderr.read().decode())
         process.stderr.close()
 
 

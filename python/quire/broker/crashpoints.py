@@ -1,26 +1,28 @@
-"""Named places at which a test may let the broker be killed, or be told that they were reached."""
+"""Named places at which a test may have the broker killed, or be told that they were reached."""
 
 from __future__ import annotations
 
 import os
 import signal
+from pathlib import Path
 
 __all__ = ["crash_point"]
 
-_WANTED, _, _COUNT = os.environ.get("QUIRE_BROKER_CRASH", "").partition("@")
-_TRACE = os.environ.get("QUIRE_BROKER_TRACE", "")
-_left = [int(_COUNT or 1)]
+_DIRECTORY = os.environ.get("QUIRE_BROKER_CRASH_POINTS", "")
 
 
 def crash_point(name: str) -> None:
-    """Die with SIGKILL here if ``QUIRE_BROKER_CRASH`` is the name, or ``NAME@COUNT`` at the COUNT-th time.
+    """Do nothing, unless ``QUIRE_BROKER_CRASH_POINTS`` names a folder.
 
-    ``QUIRE_BROKER_TRACE`` names a file to which every name that is passed is appended.
+    Then the name is added to its file ``reached``; and if the file ``die-at`` holds it, that is removed
+    and this process killed with SIGKILL.
     """
-    if _TRACE:
-        with open(_TRACE, "a", encoding="utf-8") as trace:
-            trace.write(f"{name}\n")
-    if name == _WANTED:
-        _left[0] -= 1
-        if _left[0] == 0:
-            os.kill(os.getpid(), signal.SIGKILL)
+    if not _DIRECTORY:
+        return
+    folder = Path(_DIRECTORY)
+    with (folder / "reached").open("a", encoding="utf-8") as reached:
+        reached.write(f"{name}\n")
+    wanted = folder / "die-at"
+    if wanted.exists() and wanted.read_text("utf-8") == name:
+        wanted.unlink()
+        os.kill(os.getpid(), signal.SIGKILL)

@@ -15,14 +15,12 @@ import signal
 import socket
 import struct
 import sys
-import time
 
 __all__ = ["Guardian"]
 
 _INT_BYTES = array.array("i").itemsize
 _ANCILLARY_BYTES = socket.CMSG_SPACE(253 * _INT_BYTES) + socket.CMSG_SPACE(3 * _INT_BYTES)
-_QUICK_SECONDS = 1.0
-_MAX_QUICK = 5
+_MAX_FAILURES = 5
 _FIRST = 3
 
 
@@ -50,6 +48,7 @@ class Guardian:
         self._address = f"@{name}"
         self._child = 0
         self._stopping = False
+        self._was_ready = False
 
     def run(self) -> int:
         """Run until the broker ends by itself, or a signal asks for the end.
@@ -57,22 +56,21 @@ class Guardian:
         Blocks. SIGTERM and SIGINT are passed to the broker.
 
         Returns:
-            The broker's exit status; 1 if it was killed too often in a row.
+            The broker's exit status; 1 if it crashed too often in a row.
         """
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self._stop)
-        quick = 0
+        failures = 0
         while True:
-            began = time.monotonic()
             status = self._run_one()
             if os.WIFEXITED(status) or self._stopping:
                 return os.waitstatus_to_exitcode(status) if os.WIFEXITED(status) else 0
-            quick = quick + 1 if time.monotonic() - began < _QUICK_SECONDS else 0
-            sys.stderr.write(f"quire broker: killed by signal {os.WTERMSIG(status)}, starting it again\n")
-            if quick >= _MAX_QUICK:
-                sys.stderr.write(
-                    f"quire broker: killed {quick} times within {_QUICK_SECONDS} s of its start\n"
-                )
+            # SIGKILL is somebody else's doing; what dies by itself, or at its start, may do so for ever.
+            killer = os.WTERMSIG(status)
+            failures = 0 if self._was_ready and killer == signal.SIGKILL else failures + 1
+            sys.stderr.write(f"quire broker: killed by signal {killer}, starting it again\n")
+            if failures >= _MAX_FAILURES:
+                sys.stderr.write(f"quire broker: crashed {failures} times in a row\n")
                 return 1
 
     def _stop(self, number: int, _frame: object) -> None:
@@ -82,6 +80,7 @@ class Guardian:
 
     def _run_one(self) -> int:
         """Start a broker and serve it until it ends; return its wait status."""
+        self._was_ready = False
         self._child = os.fork()
         if self._child == 0:
             try:
@@ -119,9 +118,6 @@ class Guardian:
         environment["LISTEN_FDS"] = str(len(given))
         environment["LISTEN_FDNAMES"] = ":".join(name for name, _ in given)
         environment["NOTIFY_SOCKET"] = self._address
-        if self._kept:
-            # A crash point is for the first broker only.
-            environment.pop("QUIRE_BROKER_CRASH", None)
         os.execve(self._argv[0], self._argv, environment)  # noqa: S606 - the broker's own command line
 
     def _take_notices(self) -> None:
@@ -156,6 +152,8 @@ class Guardian:
             if old >= 0:
                 os.close(old)
             self._kept[name] = descriptors.pop(0)
+        elif fields.get("READY") == "1":
+            self._was_ready = True
         elif fields.get("FDSTOREREMOVE") == "1":
             old = self._kept.pop(name, -1)
             if old >= 0:

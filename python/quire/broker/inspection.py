@@ -40,7 +40,11 @@ def holding(pid: int, pidfd: int, ranges: dict[tuple[int, int], list[tuple[int, 
         What was seen. A process that has ended holds nothing.
     """
     try:
-        what = _mapped(pid, ranges) or _opened(pid, ranges)
+        what = _mapped(pid, ranges)
+        if pid == os.getpid():
+            # A client inside the broker's process, whose descriptors cannot be told from the broker's.
+            return Holding(bool(what), what)
+        what = what or _opened(pid, ranges)
     except (FileNotFoundError, ProcessLookupError):
         return Holding(True) if _ended(pidfd) else Holding(False)
     except PermissionError:

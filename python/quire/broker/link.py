@@ -101,10 +101,20 @@ class Link:
         self._token = b""
         self._closing = threading.Event()
         self.failure: Exception | None = None
-        self._sock, self.welcome = self._connect()
+        self._sock, self.welcome = self._connect_first()
         self._token = self.welcome.session
         self._thread = threading.Thread(target=self._run, name="quire-client", daemon=True)
         self._thread.start()
+
+    def _connect_first(self) -> tuple[socket.socket, protocol.Welcome]:
+        """Connect, again where the broker is restarted at this moment."""
+        end = time.monotonic() + self._timeout
+        while True:
+            try:
+                return self._connect()
+            except (ConnectionResetError, BrokenPipeError):
+                if time.monotonic() > end:
+                    raise
 
     def _connect(self) -> tuple[socket.socket, protocol.Welcome]:
         """Connect and say Hello."""
@@ -311,16 +321,19 @@ class Link:
             asked.future.set_exception(Revoked(f"the connection to the broker has ended: {cause}"))
         self._asked.clear()
 
+    def _said_bye(self, _reply: protocol.Reply, _descriptors: list[int]) -> None:
+        self._closing.set()
+
     def close(self) -> None:
         """End the connection and wait for the thread. Idempotent."""
-        first = not self._closing.is_set()
-        self._closing.set()
         if os.getpid() != self._pid:
             self._sock.close()
             return
-        if first and threading.current_thread() is not self._thread:
+        if not self._closing.is_set() and threading.current_thread() is not self._thread:
+            # The thread must know before it sees the broker close the connection.
             with contextlib.suppress(Revoked, TimeoutError):
-                self.submit(protocol.Bye, {}).result(self._timeout)
+                self.submit(protocol.Bye, {}, (), self._said_bye).result(self._timeout)
+        self._closing.set()
         with contextlib.suppress(OSError):
             self._sock.shutdown(socket.SHUT_RDWR)
         if threading.current_thread() is not self._thread:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from quire.broker.banks import Amount, Bank
 from quire.broker.leases import Lease
-from quire.broker.objects import OBJECT, Extent, Factory, Layer, Memory, SnapshotObject
+from quire.broker.objects import OBJECT, Extent, Factory, Held, Layer, Memory, SnapshotObject
 from quire.broker.protocol import Rights
 from quire.broker.sessions import Grip, Session
 from quire.broker.world import Name, Token
@@ -83,13 +83,16 @@ def restore(world: World, found: dict[str, int]) -> dict[Extent, tuple[int, str]
     moving = _extents(world, take)
     _sessions(world, take)
     for name, (kind, number, rights, users, owner) in _named(entries):
-        entry = Name(_target(world, kind, number), Rights(rights), users, owner)
+        target = _target(world, kind, number)
+        assert target is not None, f"the name {name!r} stands for nothing"
+        entry = Name(target, Rights(rights), users, owner)
         world.names[name] = entry
         world.refer(entry.target)
     for key, (number, rights) in _each(entries, "t"):
-        target = world.objects[number]
-        target.bank.charge(Amount(0, 1, 1))
-        world.enter_token(Token(key, target.bank, target, Rights(rights), take(f"t{key}")))
+        held = world.objects[number]
+        held.bank.charge(Amount(0, 1, 1))
+        world.enter_token(Token(key, held.bank, held, Rights(rights), take(f"t{key}")))
+    _end_what_nobody_has(world)
     for name in set(found) - used:
         descriptor = found.pop(name)
         if name.startswith("x"):
@@ -100,6 +103,14 @@ def restore(world: World, found: dict[str, int]) -> dict[Extent, tuple[int, str]
         os.close(descriptor)
         world.keeper.forget(name)
     return moving
+
+
+def _end_what_nobody_has(world: World) -> None:
+    """End what was being ended: memory that was truncated already, and what has no handle, name or token."""
+    for held in list(world.objects.values()):
+        cut = isinstance(held, Memory) and any(not os.fstat(each.descriptor).st_size for each in held.extents)
+        if cut or not held.references:
+            world.end(held)
 
 
 def _extents(world: World, take: Callable[[str], int]) -> dict[Extent, tuple[int, str]]:
@@ -135,7 +146,8 @@ def _sessions(world: World, take: Callable[[str], int]) -> None:
         if name[0] == "r":
             session.replies[int(number)] = value[0], value[1], value[2]
         else:
-            target = _target(world, value[0], value[1])
+            # Handles outlive what they stood for: their numbers must not come to mean something else.
+            target = _target(world, value[0], value[1]) or _gone(world)
             session.grips[int(number)] = Grip(target, Rights(value[2]))
             session.next_handle = max(session.next_handle, int(number) + 1)
             world.refer(target)
@@ -163,5 +175,12 @@ def _named(entries: dict[str, Any]) -> list[tuple[str, list[Any]]]:
     return [(key[1:], value) for key, value in entries.items() if key[0] == "n"]
 
 
-def _target(world: World, kind: str, number: int) -> Target:
-    return world.banks[number] if kind == "b" else world.objects[number]
+def _target(world: World, kind: str, number: int) -> Target | None:
+    return world.banks.get(number) if kind == "b" else world.objects.get(number)
+
+
+def _gone(world: World) -> Held:
+    """What a handle of something that has ended stands for."""
+    held = Held(0, next(iter(world.banks.values())))
+    held.dead = True
+    return held

@@ -426,6 +426,10 @@ class Requests:
     # Endings
 
     async def _destroy(self, session: Session, message: protocol.Destroy) -> Answer:
+        held = session.grips.get(message.handle)
+        if held is not None and held.target.dead and Rights.DESTROY in held.rights:
+            # It has ended already; so it is when a restart comes between the end and the answer.
+            return protocol.Revoked(message.id, []), []
         target = session.grip(message.handle, Rights.DESTROY)
         freed, outcomes = 0, []
         if isinstance(target, Memory):

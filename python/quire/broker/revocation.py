@@ -196,7 +196,7 @@ class Revoker:
                 if session not in failed:
                     for lease in leases:
                         self._world.cut_lease(lease, start, stop)
-            self._world.journal.commit()
+            self._world.commit()
             crash_point("revoke:released")
             cut = dict(failed)
             if certain:
@@ -346,7 +346,7 @@ class Revoker:
         self._world.put_extent(extent)
         self._world.journal.put(f"v{extent.serial}", extent.generation - 1)
         self._cut_leases(extent, offenders | set(stalled))
-        self._world.journal.commit()
+        self._world.commit()
         crash_point("move:decided")
         await self.finish_move(extent, old, old_key)
         payer.discharge(extent.cost)
@@ -369,7 +369,13 @@ class Revoker:
             old_key: What that is kept as.
         """
         asked: dict[Session, list[asyncio.Future[bool]]] = {}
+        # Sealed already: a restart came after the writers had moved, and they could not do it again.
+        writers_moved = objects.seals(extent.descriptor) & objects.F_SEAL_FUTURE_WRITE
         for session, write in {(lease.session, lease.write) for lease in extent.leases}:
+            if write and writers_moved:
+                if session.port is not None:
+                    session.port.post(UnholdEvent(extent.serial), [])
+                continue
 
             def event(serial: int, write: bool = write) -> Message:
                 return MoveEvent(serial, extent.serial, write)
@@ -379,6 +385,7 @@ class Revoker:
         stalled = await self._answers(asked, self._move_ms)
         crash_point("move:answered")
         self._cut_leases(extent, set(stalled))
+        self._world.commit()
         damaged = False
         if extent.memory.sealed or extent.memory.shared:
             try:
@@ -390,10 +397,9 @@ class Revoker:
         os.ftruncate(old, 0)
         crash_point("move:truncated")
         os.close(old)
-        self._world.journal.put(f"v{extent.serial}", None)
-        self._world.journal.commit()
+        self._world.drop_move(extent, old_key)
+        self._world.commit()
         crash_point("move:finished")
-        self._world.keeper.forget(old_key)
         if damaged:
             # Its writer has sealed it against being taken back: nobody but him may have it.
             self._world.end(extent.memory)
@@ -439,7 +445,7 @@ class Revoker:
                 for session in targets
             ]
             freed = self._world.free_memory(memory)
-            self._world.journal.commit()
+            self._world.commit()
             crash_point("reclaim:freed")
         self._locks.pop(memory.number, None)
         return Revoked(0, outcomes, freed_bytes=freed)

@@ -102,7 +102,7 @@ class Server:
         self._requests = Requests(self.world, self.revoker, self.announcer, config)
         self.world.reclaim = lambda memory: self._spawned(self.revoker.reclaim(memory))
         self.world.announce = self.announcer.announce
-        self.world.journal.commit()
+        self.world.commit()
         self._limits = Limits(
             rate=config.rate,
             handles=config.handles,
@@ -150,9 +150,13 @@ class Server:
         self._listener.setblocking(False)
         asyncio.get_running_loop().add_reader(self._listener, self._accept)
         for session in list(self.world.sessions.values()):
-            with contextlib.suppress(OSError):
+            try:
                 session.pidfd = os.pidfd_open(session.pid)
-            self._gone(session)
+            except OSError:
+                # It has ended while there was no broker, or its number means nothing here.
+                self._ended(session)
+            else:
+                self._gone(session)
         for extent, (old, key) in self._moving.items():
             self._spawn(self._finish_move(extent, old, key))
 
@@ -236,7 +240,7 @@ class Server:
         if not (session.grips or session.leases or session.stuck):
             self._forget_pidfd(session)
             self.world.drop_session(session)
-            self.world.journal.commit()
+            self.world.commit()
             return
         if session.pidfd >= 0:
             loop.add_reader(session.pidfd, self._ended, session)
@@ -247,7 +251,7 @@ class Server:
         self._forget_pidfd(session)
         if session.port is None and session.number in self.world.sessions:
             self.world.drop_session(session)
-            self.world.journal.commit()
+            self.world.commit()
             self._came_back.set()
 
     def _expire(self, session: Session) -> None:
@@ -259,7 +263,7 @@ class Server:
         if session.pidfd < 0 or not (session.leases or session.stuck):
             self._forget_pidfd(session)
             self.world.drop_session(session)
-        self.world.journal.commit()
+        self.world.commit()
         self._came_back.set()
 
     @staticmethod
@@ -279,7 +283,10 @@ class Server:
                 with contextlib.suppress(TimeoutError):
                     await asyncio.wait_for(self._came_back.wait(), max(0.0, end - loop.time()))
             if extent.memory.dead and extent.serial not in self.world.extents:
+                os.ftruncate(old, 0)
                 os.close(old)
+                self.world.drop_move(extent, key)
+                self.world.commit()
                 return
             await self.revoker.finish_move(extent, old, key)
             del self._moving[extent]
@@ -317,7 +324,7 @@ class Server:
         if number == message.id:
             # The client did not get the reply before the broker was restarted.
             discard(descriptors)
-            self._answer(connection, payload, names)
+            self._answer(connection, message.id, payload, names)
             return
         try:
             answer = self._requests(session, message, descriptors)
@@ -359,24 +366,24 @@ class Server:
             slot = message.id % _REPLIES
             session.replies[slot] = message.id, frame, names
             self.world.journal.put(f"r{session.number}.{slot}", [message.id, frame, names])
-        self.world.journal.commit()
+        self.world.commit()
         crash_point(f"{name}:committed")
-        self._answer(connection, frame, names)
+        self._answer(connection, message.id, frame, names)
         crash_point(f"{name}:replied")
         if isinstance(message, protocol.Bye):
             connection.drop("")
 
     def _fault(self, connection: Connection, message: protocol.Request, error: Exception) -> None:
-        self.world.journal.commit()
+        self.world.commit()
         kind = fault_of(error)
         if kind is None:
             _log.error("a request failed: %r", message, exc_info=error)
             kind = "internal", 0
         text = str(error.args[0]) if isinstance(error, LookupError) and error.args else str(error)
         reply = protocol.Fault(message.id, kind[0], text[:1000], kind[1])
-        self._answer(connection, protocol.encode(reply), [])
+        self._answer(connection, message.id, protocol.encode(reply), [])
 
-    def _answer(self, connection: Connection, frame: bytes, names: list[str]) -> None:
+    def _answer(self, connection: Connection, number: int, frame: bytes, names: list[str]) -> None:
         """Send a reply with fresh copies of the descriptors that go with it."""
         connection.outstanding -= 1
         if connection.closed:
@@ -388,8 +395,12 @@ class Server:
         except (OSError, LookupError) as error:
             for descriptor in opened:
                 os.close(descriptor)
-            # The client cannot be told by a reply that it has in part; it comes back and asks again.
-            connection.drop(f"a descriptor of its reply could not be opened: {error}")
+            if isinstance(error, LookupError):
+                # It was carried out before a restart, and what it gave has ended since.
+                connection.post(protocol.Fault(number, "unknown", "what was asked for has ended"), [])
+            else:
+                # The client comes back and asks again, and by then there may be room.
+                connection.drop(f"a descriptor of its reply could not be opened: {error}")
             return
         connection.post_frame(frame, opened)
 
@@ -434,7 +445,7 @@ class Server:
         session.port = connection
         connection.session = session
         crash_point("hello:applied")
-        self.world.journal.commit()
+        self.world.commit()
         crash_point("hello:committed")
         connection.post(protocol.Welcome(message.id, protocol.VERSION, token, session.number, 1, resumed), [])
         crash_point("hello:replied")

@@ -12,6 +12,7 @@ import os
 from typing import TYPE_CHECKING, Any
 
 from quire.broker.banks import Amount, Bank
+from quire.broker.crashpoints import crash_point
 from quire.broker.leases import Lease
 from quire.broker.objects import (
     OBJECT,
@@ -89,6 +90,7 @@ class World:
         self.sessions_by_digest: dict[bytes, Session] = {}
         self.leases: dict[int, Lease] = {}
         self.last = 0
+        self._forgotten: list[str] = []
         # What follows is set by the server: how to end memory, and whom to tell of versions.
         self.reclaim: Callable[[Memory], object] = self.free_memory
         self.announce: Callable[[Factory], object] = repr
@@ -98,6 +100,21 @@ class World:
         self.last += 1
         self.journal.put("q", self.last)
         return self.last
+
+    def commit(self) -> None:
+        """Make what was changed last; only then is forgotten what the journal named before.
+
+        Raises:
+            OSError: The kernel refused.
+        """
+        self.journal.commit()
+        while self._forgotten:
+            crash_point("commit:forgetting")
+            self.keeper.forget(self._forgotten[0])
+            del self._forgotten[0]
+
+    def _forget(self, key: str) -> None:
+        self._forgotten.append(key)
 
     # Banks
 
@@ -254,6 +271,11 @@ class World:
         """Write it to the journal."""
         self.journal.put(f"x{extent.serial}", [extent.memory.number, extent.index, extent.generation])
 
+    def drop_move(self, extent: Extent, key: str) -> None:
+        """A move is over: what the extent was before is kept no more."""
+        self.journal.put(f"v{extent.serial}", None)
+        self._forget(key)
+
     def free_memory(self, memory: Memory) -> int:
         """Cut memory off from everybody and give it back; return the bytes.
 
@@ -275,7 +297,7 @@ class World:
                 stuck.append(extent)
             else:
                 os.close(extent.descriptor)
-                self.keeper.forget(extent.key)
+                self._forget(extent.key)
         self.objects.pop(memory.number, None)
         self.journal.put(f"o{memory.number}", None)
         self.unname(memory)
@@ -296,7 +318,7 @@ class World:
     def free_stuck(self, extent: Extent) -> None:
         """Give up what could not be truncated; its maker has ended."""
         os.close(extent.descriptor)
-        self.keeper.forget(extent.key)
+        self._forget(extent.key)
         self.journal.put(f"z{extent.serial}", None)
         extent.memory.bank.discharge(extent.cost)
         self.settle(extent.memory.bank)
@@ -441,7 +463,7 @@ class World:
         del self.layers_by_identity[layer.identity]
         self.journal.put(f"y{layer.number}", None)
         os.close(layer.descriptor)
-        self.keeper.forget(layer.key)
+        self._forget(layer.key)
 
     # Factories
 
@@ -537,7 +559,7 @@ class World:
         del self.tokens_by_identity[token.identity]
         self.journal.put(f"t{token.number}", None)
         os.close(token.descriptor)
-        self.keeper.forget(f"t{token.number}")
+        self._forget(f"t{token.number}")
         token.bank.discharge(Amount(0, 1, 1))
         if not token.target.dead:
             self.unrefer(token.target)

@@ -1,0 +1,379 @@
+"""Clients that do what they should not. Others are served on, and nothing is lost or leaked."""
+
+import array
+import contextlib
+import os
+import pathlib
+import resource
+import signal
+import socket
+import threading
+import typing
+
+import pytest
+from brokers import Inside, children, inside, until
+from support import PAGE, descriptor_count
+
+import quire
+from quire.broker import protocol
+from quire.broker.protocol import Rights
+
+MIB = 1 << 20
+
+
+@pytest.fixture
+def broker(tmp_path: pathlib.Path):
+    with inside(tmp_path / "broker", frame_seconds=0.3) as running:
+        yield running
+        assert running.audit() == []
+
+
+@pytest.fixture
+def owner(broker: Inside):
+    with quire.connect(broker.path) as connected:
+        yield connected
+
+
+class Raw:
+    """A connection without a library."""
+
+    made: typing.ClassVar[list["Raw"]] = []
+
+    def __init__(self, path: str, *, hello: bool = True) -> None:
+        Raw.made.append(self)
+        self.sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        self.sock.settimeout(10)
+        self.sock.connect(path)
+        self.frames = protocol.FrameReader()
+        if hello:
+            self.send(protocol.Hello(1, 1))
+            self.welcome = self.receive()
+
+    def send(self, message: protocol.Message, descriptors: list[int] | None = None) -> None:
+        frame = protocol.encode(message, len(descriptors or ()))
+        ancillary = (
+            [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", descriptors))] if descriptors else []
+        )
+        self.sock.sendmsg([frame], ancillary)
+
+    def receive(self) -> protocol.Message:
+        while True:
+            for payload, descriptors in self.frames.frames():
+                for descriptor in descriptors:
+                    os.close(descriptor)
+                return protocol.decode_reply(payload)
+            data, descriptors, _, _ = socket.recv_fds(self.sock, 1 << 16, 253)
+            if not data:
+                raise EOFError
+            self.frames.feed(data, descriptors)
+
+    def ask(self, message: protocol.Message, descriptors: list[int] | None = None) -> protocol.Message:
+        self.send(message, descriptors)
+        return self.receive()
+
+    def is_cut_off(self) -> bool:
+        try:
+            while True:
+                self.receive()
+        except (EOFError, ConnectionResetError):
+            return True
+        finally:
+            self.sock.close()
+
+
+@pytest.fixture(autouse=True)
+def close_raw():
+    yield
+    while Raw.made:
+        Raw.made.pop().sock.close()
+
+
+GARBAGE = [
+    b"GET / HTTP/1.1\r\n\r\n",
+    b"\0" * 64,
+    b"QB\x01\x00\xff\xff\xff\xff",
+    b"QB\x01\xff\x00\x00\x00\x00",
+    b"QB\x09\x00\x00\x00\x00\x00",
+    protocol.encode(protocol.Done(1)),
+    protocol.encode(protocol.Hello(1, 1)),
+    b"QB\x01\x00\x04\x00\x00\x00\xdd\xff\xff\xff",
+    b"QB\x01\x00\xff\xff\x00\x00" + b"\x91" * 65535,
+]
+
+
+@pytest.mark.parametrize("data", GARBAGE, ids=range(len(GARBAGE)))
+def test_garbage_ends_its_own_connection(broker, owner, data) -> None:
+    raw = Raw(broker.path)
+    raw.sock.sendall(data)
+    assert raw.is_cut_off()
+    owner.ping()
+
+
+def test_nothing_comes_before_hello(broker, owner) -> None:
+    raw = Raw(broker.path, hello=False)
+    raw.send(protocol.Ping(1))
+    assert raw.is_cut_off()
+    owner.ping()
+
+
+def test_another_version_is_told(broker) -> None:
+    raw = Raw(broker.path, hello=False)
+    reply = raw.ask(protocol.Hello(1, 99))
+    assert isinstance(reply, protocol.Fault)
+    assert reply.fault == "unsupported"
+    raw.sock.close()
+
+
+@pytest.mark.parametrize("sent", [b"", b"Q", b"QB\x01\x00\x10\x00\x00\x00", b"QB\x01\x00\x10\x00\x00\x00abc"])
+def test_who_stalls_is_cut_off_and_nobody_waits(broker, owner, sent) -> None:
+    raw = Raw(broker.path, hello=not sent)
+    if sent:
+        raw.sock.close()
+        raw = Raw(broker.path)
+        raw.sock.sendall(sent)
+        owner.ping()
+        assert raw.is_cut_off()
+    else:
+        silent = Raw(broker.path, hello=False)
+        owner.ping()
+        assert silent.is_cut_off()
+        # Who has said hello may be silent for as long as it likes.
+        assert isinstance(raw.ask(protocol.Ping(2)), protocol.Done)
+        raw.sock.close()
+
+
+def kinds() -> list[int]:
+    """Descriptors of kinds that a broker has no use for; the caller closes them."""
+    read, write = os.pipe()
+    unsealed = os.memfd_create("unsealed", os.MFD_ALLOW_SEALING)
+    os.write(unsealed, b"x" * PAGE)
+    return [read, write, unsealed, os.open("/dev/null", os.O_RDWR), os.open("/", os.O_RDONLY), os.eventfd(1)]
+
+
+def test_descriptors_that_nobody_asked_for(broker, owner) -> None:
+    raw = Raw(broker.path)
+    before = descriptor_count()
+    opened = kinds()
+    bank = raw.welcome.bank
+    for descriptors in ([each] for each in opened):
+        assert raw.ask(protocol.Ping(1), descriptors).fault == "malformed"
+        assert raw.ask(protocol.Deposit(2, bank), descriptors).fault in ("notimmutable", "malformed")
+        assert raw.ask(protocol.Import(3), descriptors).fault in ("notimmutable", "unknown")
+    assert raw.ask(protocol.Deposit(4, bank), opened).fault == "notimmutable"
+    assert raw.ask(protocol.Deposit(5, bank)).fault == "malformed"
+    assert raw.ask(protocol.Import(6)).fault == "malformed"
+    raw.sock.sendmsg([b"Q"], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", opened * 20))])
+    raw.sock.sendall(b"B")
+    assert raw.is_cut_off()
+    for each in opened:
+        os.close(each)
+    owner.ping()
+    until(lambda: descriptor_count() <= before)
+
+
+def test_layers_that_may_cost_more_or_come_twice(broker) -> None:
+    raw = Raw(broker.path)
+    bank = raw.welcome.bank
+    with quire.Segment(MIB) as segment:
+        segment[5] = 1
+        layers = segment.snapshot()._lend().layer_fds()
+        assert "holes" in raw.ask(protocol.Deposit(1, bank), layers).message
+        for layer in layers:
+            writable = os.open(f"/proc/self/fd/{layer}", os.O_RDWR)
+            os.posix_fallocate(writable, 0, os.fstat(layer).st_size)
+            os.close(writable)
+        assert raw.ask(protocol.Deposit(2, bank), layers * 2).fault == "malformed"
+    raw.sock.close()
+
+
+def test_a_million_handles(tmp_path: pathlib.Path) -> None:
+    with inside(tmp_path / "broker", handles=50, leases=10, names=5) as broker:
+        with quire.connect(broker.path) as client, quire.connect(broker.path) as other:
+            handle, lease = client.memory(PAGE)
+            for number in range(5):
+                client.publish(handle, f"name {number}")
+            with pytest.raises(quire.QuotaExceeded, match="5 names"):
+                client.publish(handle, "one more")
+            leases = [client.lease(handle) for _ in range(9)]
+            with pytest.raises(quire.QuotaExceeded, match="10 leases"):
+                client.lease(handle)
+            assert len(leases) == 9
+            for _ in range(48):
+                client.weaken(handle, Rights.READ)
+            with pytest.raises(quire.QuotaExceeded, match="50 handles"):
+                client.weaken(handle, Rights.READ)
+            for _ in range(100):
+                other.close_handle(other.open("name 1"))
+            lease.close()
+        assert broker.audit() == []
+
+
+def test_too_many_connections_of_one_user(tmp_path: pathlib.Path) -> None:
+    with inside(tmp_path / "broker", connections=4) as broker:
+        with contextlib.ExitStack() as stack:
+            clients = [stack.enter_context(quire.connect(broker.path)) for _ in range(4)]
+            extra = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+            extra.connect(broker.path)
+            with extra:
+                assert extra.recv(1) == b""
+            clients[0].ping()
+        with quire.connect(broker.path) as again:
+            again.ping()
+
+
+def test_who_may_not_connect_is_sent_away(tmp_path: pathlib.Path) -> None:
+    with (
+        inside(tmp_path / "broker", users=[54321]) as broker,
+        pytest.raises(OSError, match=r"broker|reset|peer|pipe"),
+    ):
+        quire.connect(broker.path, timeout=0.2)
+
+
+def test_a_flood_is_read_slowly_and_others_are_served(tmp_path: pathlib.Path) -> None:
+    """What one may ask in a second is bounded, so a loop of mapping and unmapping takes no turn of others."""
+    with inside(tmp_path / "broker", rate=2000) as broker, quire.connect(broker.path) as client:
+        raw = Raw(broker.path)
+        raw.sock.setblocking(False)
+        frame = protocol.encode(protocol.Ping(1)) * 100
+        stop = threading.Event()
+
+        def flood() -> None:
+            while not stop.is_set():
+                with contextlib.suppress(BlockingIOError):
+                    raw.sock.send(frame)
+                with contextlib.suppress(BlockingIOError):
+                    raw.sock.recv(1 << 16)
+
+        thread = threading.Thread(target=flood)
+        thread.start()
+        try:
+            for _ in range(200):
+                client.ping()
+            served = broker.do(lambda: [each._tokens for each in broker.server._connections])
+            assert min(served) < 0, "the flood was not slowed down"
+        finally:
+            stop.set()
+            thread.join()
+            raw.sock.close()
+
+
+def test_mapping_and_unmapping_in_a_loop_disturbs_nobody(broker, owner) -> None:
+    """The attack that physmem could not answer: others keep every page, and see no fault."""
+    handle, _ = owner.memory(4 * MIB)
+    owner.publish(handle, "memory")
+    with children(broker.path, 2) as (hostile, other):
+        other("l = c.lease(c.open('memory')); a = l.array('u1'); s = int(a[::4096].sum())")
+        other("faults()")
+        own = -other("faults()") + other("faults()")
+        hostile.begin("h = c.open('memory')\nfor _ in range(300): c.lease(h).close()")
+        before = other("faults()")
+        hostile.end()
+        assert other("int(a[::4096].sum())") == 0
+        assert other("faults()") - before <= 2 * own + 16
+
+
+def test_who_does_not_read_is_cut_off_and_holds_no_descriptors(broker, owner) -> None:
+    handle, _ = owner.memory(MIB, extent_bytes=64 * PAGE)
+    owner.publish(handle, "memory")
+    before = descriptor_count()
+    raw = Raw(broker.path)
+    opened = raw.ask(protocol.Open(2, "memory"))
+    raw.sock.setblocking(False)
+    with contextlib.suppress(BlockingIOError, BrokenPipeError, ConnectionResetError):
+        for number in range(100_000):
+            raw.send(protocol.Lease(3 + number % 1000, opened.handle, 0, MIB))
+    for _ in range(50):
+        owner.ping()
+    # What waits in its queue counts against the broker's user, so there is little of it.
+    assert broker.do(lambda: max(each._in_flight for each in broker.server._connections)) <= 128
+    raw.sock.close()
+    session = raw.welcome.client
+    # The process lives, so what it was lent stays entered until it ends.
+    broker.wait(lambda world: world.sessions[session].port is None)
+    broker.do(lambda: broker.server._ended(broker.server.world.sessions[session]))
+    assert broker.do(lambda: len(broker.server.world.leases)) == 1
+    until(lambda: descriptor_count() <= before + 2)
+
+
+def test_acknowledging_what_was_not_asked(broker, owner) -> None:
+    raw = Raw(broker.path)
+    handle, _ = owner.memory(PAGE)
+    owner.publish(handle, "memory")
+    with children(broker.path, 1) as (child,):
+        child("l = c.lease(c.open('memory'))")
+        os.kill(child.pid, signal.SIGSTOP)
+        for serial in range(50):
+            raw.send(protocol.Acknowledge(serial))
+        raw.ask(protocol.Ping(3))
+        (outcome,) = owner.revoke(handle, client=owner.holders(handle)[1].client, deadline_ms=20).outcomes
+        assert outcome.result == "cut"
+    raw.sock.close()
+
+
+def test_a_session_is_not_taken_over(broker, owner) -> None:
+    with children(broker.path, 1) as (child,):
+        token = child("list(c._link._token)")
+        raw = Raw(broker.path, hello=False)
+        # The right secret, of another process.
+        assert raw.ask(protocol.Hello(1, 1, bytes(token))).resumed is False
+        raw.sock.close()
+        raw = Raw(broker.path, hello=False)
+        assert raw.ask(protocol.Hello(1, 1, b"x" * 32)).resumed is False
+        raw.sock.close()
+        child("c.ping()")
+    owner.ping()
+
+
+def test_dying_at_any_point(broker, owner) -> None:
+    """A client that is killed in the middle of what it does loses what is its own."""
+    handle, _ = owner.memory(MIB)
+    owner.publish(handle, "memory")
+    program = """
+h = c.open('memory')
+while True:
+    x = c.memory(2**20); l = c.lease(h); c.destroy(x[0]); l.close()
+"""
+    with children(broker.path, 4) as clients:
+        for child in clients:
+            child.begin(program)
+        for child in clients:
+            for _ in range(20):
+                owner.ping()
+            child.process.kill()
+            child.process.wait()
+        broker.wait(lambda world: len(world.sessions) == 1)
+        broker.wait(lambda world: len(world.objects) == 1)
+    assert owner.describe(owner.bank).used[0] == MIB
+
+
+def test_a_stopped_client_costs_others_nothing(broker, owner) -> None:
+    with children(broker.path, 1) as (child,):
+        child("f = c.make_factory(); c.publish(f, 'factory')")
+        factory = owner.open("factory")
+        owner.subscribe(factory, lambda _version: None)
+        os.kill(child.pid, signal.SIGSTOP)
+        for _ in range(100):
+            owner.ping()
+        os.kill(child.pid, signal.SIGCONT)
+        child("c.ping()")
+
+
+def test_the_broker_runs_out_of_descriptors(broker) -> None:
+    with quire.connect(broker.path) as client:
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (max(map(int, os.listdir("/proc/self/fd"))) + 8, hard))
+        filling = []
+        try:
+            with contextlib.suppress(OSError):
+                while True:
+                    filling.append(os.dup(0))
+            for _ in range(4):
+                os.close(filling.pop())
+            with pytest.raises(OSError, match="Too many open files"):
+                client.make(8 * PAGE, extent_bytes=PAGE)
+        finally:
+            for each in filling:
+                os.close(each)
+            resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+        client.ping()
+        assert client.describe(client.bank).used == [0, 0, 0]
