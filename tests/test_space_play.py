@@ -98,6 +98,22 @@ def test_steps_tell_what_happened_and_why_not() -> None:
     assert played[1].panels[0].marks
 
 
+def test_a_process_of_windows() -> None:
+    played = steps(
+        "virtual_alloc 128K reserve rw name a",
+        "virtual_alloc 4K commit rw+guard at a+4K",
+        "touch a+4K write",
+        "virtual_protect a+4K 4K r",
+        "virtual_free a 4K release",
+    )
+    assert [step.failed for step in played] == [False, False, True, False, True]
+    assert [[row.protection for row in step.panels[0].rows] for step in played] == [
+        ["---"], ["---", "rw-g", "---"], ["---", "rw-", "---"], ["---", "r--", "---"], ["---", "r--", "---"],
+    ]  # fmt: skip
+    assert played[3].notes == ("it was rw-",)
+    assert "ERROR_INVALID_PARAMETER, 87" in played[4].notes[0]
+
+
 def test_setup_is_one_step() -> None:
     played = steps("setup", "mmap 4K rw", "mmap 4K r", "begin", "say Now.", "brk +4K")
     assert [step.title for step in played] == ["At the beginning", "brk +4K"]
@@ -129,7 +145,18 @@ def test_setup_is_one_step() -> None:
         (["brk 0", "expect EEXIST"], "expected EEXIST, there was success"),
         (["brk 0", "expect minor"], "expected minor, there was no touch"),
         (["touch 0 read", "expect success"], "expected success, there was SIGSEGV"),
-        (["expect sometimes"], "'sometimes' is no errno"),
+        (["expect sometimes"], "'sometimes' is no error"),
+        (["brk 0", "virtual_alloc 4K reserve rw"], "'virtual_alloc' is no operation"),
+        (["virtual_alloc 4K reserve rw", "mmap 4K rw"], "mmap is no operation on a process of Windows"),
+        (["virtual_alloc 4K reserve rw", "fork child"], "fork is no operation on a process of Windows"),
+        (["virtual_alloc 4K hold rw"], "'hold' is none of reserve, commit, reserve+commit"),
+        (["virtual_alloc 4K reserve w"], "'w' is none of none, r, rw"),
+        (
+            ["virtual_alloc 4K reserve rw", "virtual_free 0x10000 4K 4K release"],
+            "decommit or release is missing",
+        ),
+        (["virtual_alloc 4K reserve rw", "touch 0x10000"], "read or write is missing"),
+        (["virtual_alloc 4K reserve rw", "touch 0 read", "expect sigsegv"], "there was access-violation"),
         (["mmap 4K rw 'open"], "No closing quotation"),
         (["brk 0"] * 10_001, "at most 10000 lines"),
     ],
@@ -145,6 +172,7 @@ WORDS = st.one_of(
     st.sampled_from("file title say rule setup begin expect max_map_count a a+4K a-1G child x".split()),
     st.sampled_from("0 1 4K 0x10000 0x7ffffffff000 1T 99999999T +8K -8K # ' \x00 \ud800".split(" ")),
     st.sampled_from("r rw rwx none at fixed noreplace shared name offset growsdown read write".split()),
+    st.sampled_from("virtual_alloc virtual_free virtual_protect reserve commit decommit rw+guard".split()),
     st.sampled_from("dontneed free maymove dontunmap".split()),
 )
 

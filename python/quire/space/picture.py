@@ -6,20 +6,33 @@ from typing import TYPE_CHECKING
 
 from quire._native import PAGE_SIZE
 from quire.pictures.model import Pages, Row, Sample
+from quire.space import windows
 from quire.space.constants import PAGE_SHIFT, VM_ACCOUNT, VM_EXEC, VM_GROWSDOWN, VM_SHARED
 from quire.space.pages import GUARD, ZERO
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable
 
     from quire.space.address_space import AddressSpace
     from quire.space.pages import Frame
     from quire.space.vma import VMA, File
+    from quire.space.windows import WindowsSpace
 
-__all__ = ["Frames", "sample"]
+__all__ = ["PROTECTION_NAMES", "Frames", "sample", "windows_sample"]
 
 _PAGES_AT_MOST = 512
 """Rows of more pages are drawn without them."""
+
+
+PROTECTION_NAMES = {
+    windows.PAGE_NOACCESS: "---",
+    windows.PAGE_READONLY: "r--",
+    windows.PAGE_READWRITE: "rw-",
+    windows.PAGE_EXECUTE: "--x",
+    windows.PAGE_EXECUTE_READ: "r-x",
+    windows.PAGE_EXECUTE_READWRITE: "rwx",
+}
+"""Protections of Windows, as letters."""
 
 
 class Frames:
@@ -37,9 +50,7 @@ def sample(
     space: AddressSpace,
     title: str,
     frames: Frames,
-    *,
-    label: Callable[[VMA], str] | None = None,
-    marks: Sequence[tuple[int, int]] = (),
+    label: Callable[[int], str],
 ) -> Sample:
     """Make a sample of a space as it is now.
 
@@ -47,12 +58,11 @@ def sample(
         space: Which.
         title: Of the sample.
         frames: Numbers the frames; the same for all samples in which a frame shall have the same name.
-        label: Names VMAs that have no name; none by default.
-        marks: Ranges to point at.
+        label: Names a VMA that has no name, given its start.
     """
     programs = {vma.file for vma in space if vma.file is not None and vma.flags & VM_EXEC}
     rows = tuple(_row(space, vma, _kind(space, vma, programs), frames, label) for vma in space)
-    return Sample(title, rows, marks=tuple(marks))
+    return Sample(title, rows)
 
 
 def _kind(space: AddressSpace, vma: VMA, programs: set[File]) -> str:
@@ -67,14 +77,14 @@ def _kind(space: AddressSpace, vma: VMA, programs: set[File]) -> str:
     return "reserved" if vma.protection.startswith("---") else "private data"
 
 
-def _row(space: AddressSpace, vma: VMA, kind: str, frames: Frames, label: Callable[[VMA], str] | None) -> Row:
+def _row(space: AddressSpace, vma: VMA, kind: str, frames: Frames, label: Callable[[int], str]) -> Row:
     sizes = space.sizes(vma.start, vma.end)
     pages = (vma.end - vma.start) // PAGE_SIZE
     return Row(
         vma.start,
         vma.end,
         kind,
-        space.name_of(vma) or (label(vma) if label is not None else ""),
+        space.name_of(vma) or label(vma.start),
         vma.protection,
         vma.size_bytes if vma.flags & VM_ACCOUNT or vma.flags & VM_SHARED else 0,
         sizes.resident_bytes,
@@ -102,3 +112,33 @@ def _pages(space: AddressSpace, vma: VMA, frames: Frames) -> Pages:
             shared.append(number)
     resident = [number for number, frame in enumerate(there) if frame]
     return Pages.of(total, resident, shared=shared, frames=there)
+
+
+def windows_sample(space: WindowsSpace, title: str, label: Callable[[int], str]) -> Sample:
+    """Make a sample of a Windows process: a row for each run of pages that ``VirtualQuery`` tells.
+
+    Args:
+        space: Which.
+        title: Of the sample.
+        label: Names a run, given its start.
+    """
+    rows = []
+    at = 0
+    while at < windows.HIGHEST:
+        found = space.virtual_query(at)
+        if found.state != windows.MEM_FREE:
+            committed = found.state == windows.MEM_COMMIT
+            protection = PROTECTION_NAMES[found.protect & ~windows.PAGE_GUARD] if committed else "---"
+            rows.append(
+                Row(
+                    found.base,
+                    found.base + found.size_bytes,
+                    "private data" if committed else "reserved",
+                    label(found.base) or ("" if committed else "reserved"),
+                    protection + ("g" if found.protect & windows.PAGE_GUARD else ""),
+                    found.size_bytes if committed else 0,
+                    details=(("Reserved at", f"{found.allocation_base:#x}"),),
+                )
+            )
+        at = found.base + found.size_bytes
+    return Sample(title, tuple(rows))

@@ -8,33 +8,29 @@ from __future__ import annotations
 
 import dataclasses
 import errno
-import re
 import shlex
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from quire._native import PAGE_SIZE
 from quire.errors import Malformed
-from quire.pictures.model import Step
+from quire.pictures.model import Sample, Step
 from quire.pictures.text import printable
-from quire.space import constants
+from quire.space import constants, windows_script
 from quire.space.address_space import AddressSpace, CallError
 from quire.space.faults import FaultKind
-from quire.space.picture import Frames, sample
+from quire.space.language import NAME, Result, Words, number
+from quire.space.picture import Frames, sample, windows_sample
 from quire.space.rules import Rules
 from quire.space.vma import File
+from quire.space.windows import ERRORS, WindowsSpace
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator
+    from collections.abc import Callable, Iterable
 
     from quire.space.outcome import Change
-    from quire.space.vma import VMA
 
 __all__ = ["Lesson", "play"]
 
-_UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
-_SIZE = re.compile(r"(0x[0-9a-fA-F]+|[0-9]+)([KMGT]?)")
-_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_-]*")
-_WORD = (1 << 64) - 1
 _LINES_AT_MOST = 10_000
 _PAGES_AT_MOST = 1 << 16
 _MMAP_FLAGS = {
@@ -48,7 +44,7 @@ _ADVICE = {
     for name, value in vars(constants).items()
     if name.startswith("MADV_")
 }
-_FAULTS = {kind.value.lower().replace(" ", "-"): kind for kind in FaultKind}
+_FAULTS = {kind: kind.value.lower().replace(" ", "-") for kind in FaultKind}
 
 
 class Lesson(NamedTuple):
@@ -57,16 +53,6 @@ class Lesson(NamedTuple):
     title: str
     about: str
     steps: list[Step]
-
-
-class _Result(NamedTuple):
-    """What an operation did, for its notes and for ``expect``."""
-
-    notes: list[str]
-    marks: list[tuple[int, int]]
-    failure: str = ""
-    value: int | None = None
-    faults: frozenset[FaultKind] = frozenset()
 
 
 def play(text: str, rules: Rules | None = None) -> Lesson:
@@ -87,33 +73,13 @@ def play(text: str, rules: Rules | None = None) -> Lesson:
     lines = text.splitlines()
     if len(lines) > _LINES_AT_MOST:
         raise Malformed(f"a script has at most {_LINES_AT_MOST} lines")
-    for number, line in enumerate(lines, 1):
+    for count, line in enumerate(lines, 1):
         try:
             player.line(line)
         except (ValueError, KeyError, Malformed) as error:
             said = f"unknown name {error}" if isinstance(error, KeyError) else str(error)
-            raise Malformed(f"line {number}: {printable(said)}") from error
+            raise Malformed(f"line {count}: {printable(said)}") from error
     return Lesson(player.title, " ".join(player.about), player.steps)
-
-
-class _Words:
-    """The words of one line, taken from the front."""
-
-    def __init__(self, words: Iterable[str]) -> None:
-        self._words = list(words)
-
-    def next(self, what: str) -> str:
-        if not self._words:
-            raise ValueError(f"{what} is missing")
-        return self._words.pop(0)
-
-    def rest(self) -> Iterator[str]:
-        while self._words:
-            yield self._words.pop(0)
-
-    def end(self) -> None:
-        if self._words:
-            raise ValueError(f"{' '.join(self._words)!r} is too much")
 
 
 class _Player:
@@ -124,15 +90,15 @@ class _Player:
         self.about: list[str] = []
         self.steps: list[Step] = []
         self._rules = rules
-        self._spaces: dict[str, AddressSpace] = {}
+        self._spaces: dict[str, AddressSpace | WindowsSpace] = {}
         self._names: dict[str, int] = {}
         self._labels: list[tuple[int, int, str]] = []
         self._files: dict[str, File] = {}
         self._frames = Frames()
         self._said: list[str] = []
-        self._last = _Result([], [])
+        self._last = Result([], [])
         self._setup = False
-        self._operations: dict[str, Callable[[AddressSpace, _Words], _Result]] = {
+        self._operations: dict[str, Callable[[AddressSpace, Words], Result]] = {
             "mmap": self._mmap,
             "munmap": self._munmap,
             "mprotect": self._mprotect,
@@ -152,21 +118,27 @@ class _Player:
             process = words.pop(0)[:-1]
             if process not in self._spaces:
                 raise KeyError(process)
-        given = _Words(words)
+        given = Words(words, self._names)
         verb = given.next("an operation")
-        if verb in self._operations:
-            space = self._spaces.setdefault(process, AddressSpace(self._rules))
-            self._show(text, self._run(verb, space, given), process)
+        if process not in self._spaces and verb in (*self._operations, *windows_script.OPERATIONS):
+            is_windows = verb not in self._operations
+            self._spaces[process] = WindowsSpace() if is_windows else AddressSpace(self._rules)
+        space = self._spaces.get(process)
+        if isinstance(space, WindowsSpace) and verb in windows_script.OPERATIONS:
+            self._show(text, windows_script.run(verb, space, given, self._name), process)
+        elif verb in self._operations:
+            self._show(text, self._run(verb, self._linux(process, verb), given), process)
         elif verb == "fork":
             self._fork(process, given, text)
         elif verb == "exit":
             given.end()
-            self._spaces.pop(process).clear()
-            self._show(text, _Result([f"{process} is gone, and what it mapped"], []), process)
+            self._linux(process, verb).clear()
+            del self._spaces[process]
+            self._show(text, Result([f"{process} is gone, and what it mapped"], []), process)
         else:
             self._direct(verb, given)
 
-    def _direct(self, verb: str, words: _Words) -> None:
+    def _direct(self, verb: str, words: Words) -> None:
         """Do what is no operation on memory."""
         if verb == "title":
             self.title = " ".join(words.rest())
@@ -177,40 +149,49 @@ class _Player:
         elif verb == "rule":
             self._rule(words.next("a rule"), words.next("a value"))
         elif verb == "file":
-            name, size = words.next("a name"), self._number(words.next("a size"))
+            name, size = words.next("a name"), words.number("a size")
             self._files[name] = File(name, size)
         elif verb == "setup":
             self._setup = True
         elif verb == "begin":
             self._setup = False
-            self._show("At the beginning", _Result([], []), "")
+            self._show("At the beginning", Result([], []), "")
         elif verb == "expect":
             self._expect(words.next("what is expected"))
         else:
             raise ValueError(f"{verb!r} is no operation")
         words.end()
 
-    def _run(self, verb: str, space: AddressSpace, words: _Words) -> _Result:
+    def _run(self, verb: str, space: AddressSpace, words: Words) -> Result:
         with space.explaining():
             try:
                 return self._operations[verb](space, words)
             except CallError as error:
                 code = errno.errorcode[error.errno or 0]
                 notes = [str(error.strerror), *self._told(error.changes, error.why_not)]
-                return _Result(notes, _marks(error.changes), code)
+                return Result(notes, _marks(error.changes), code)
 
-    def _show(self, title: str, result: _Result, process: str) -> None:
+    def _show(self, title: str, result: Result, process: str) -> None:
         self._last = result
         if self._setup:
             return
         panels = tuple(
-            sample(
-                space, name, self._frames, label=self._label, marks=result.marks if name == process else ()
-            )
+            self._sample(space, name)._replace(marks=tuple(result.marks) if name == process else ())
             for name, space in self._spaces.items()
         )
         self.steps.append(Step(title, tuple(self._said), tuple(result.notes), bool(result.failure), panels))
         self._said = []
+
+    def _linux(self, process: str, verb: str) -> AddressSpace:
+        space = self._spaces[process]
+        if not isinstance(space, AddressSpace):
+            raise ValueError(f"{verb} is no operation on a process of Windows")
+        return space
+
+    def _name(self, name: str, address: int, length: int) -> None:
+        """Let a name stand for an address, and for VMAs that begin in the range."""
+        self._names[name] = address
+        self._labels.append((address, address + max(length, 1), name))
 
     def _rule(self, name: str, value: str) -> None:
         if self._spaces:
@@ -220,30 +201,31 @@ class _Player:
             raise KeyError(name)
         if name == "overcommit" and value not in ("heuristic", "always", "never"):
             raise ValueError(f"{value!r} is no way to overcommit")
-        new: Any = value if isinstance(old, str) else self._number(value)
+        new: Any = value if isinstance(old, str) else number(value)
         self._rules = dataclasses.replace(self._rules, **{name: new})
 
     def _expect(self, wanted: str) -> None:
-        if wanted in _FAULTS:
-            if self._last.faults != {_FAULTS[wanted]}:
-                seen = ", ".join(sorted(kind.value for kind in self._last.faults)) or "no touch"
+        faults = {*_FAULTS.values(), *windows_script.FAULTS.values()}
+        if wanted in faults:
+            if self._last.faults != {wanted}:
+                seen = ", ".join(sorted(self._last.faults)) or "no touch"
                 raise Malformed(f"expected {wanted}, there was {seen}")
             return
-        if wanted != "success" and wanted not in errno.errorcode.values():
-            raise ValueError(f"{wanted!r} is no errno and no fault ({', '.join(_FAULTS)})")
+        if wanted != "success" and wanted not in (*errno.errorcode.values(), *ERRORS.values()):
+            raise ValueError(f"{wanted!r} is no error and no fault ({', '.join(sorted(faults))})")
         if (self._last.failure or "success") != wanted:
             raise Malformed(f"expected {wanted}, there was {self._last.failure or 'success'}")
 
     # Operations
 
-    def _mmap(self, space: AddressSpace, words: _Words) -> _Result:
-        length = self._number(words.next("a length"))
+    def _mmap(self, space: AddressSpace, words: Words) -> Result:
+        length = words.number("a length")
         prot = _protection(words.next("a protection"))
         address, flags, file, offset, name = 0, constants.MAP_ANONYMOUS, None, 0, ""
         sharing = constants.MAP_PRIVATE
         for word in words.rest():
             if word == "at":
-                address = self._address(words.next("an address"))
+                address = words.address()
             elif word in _MMAP_FLAGS:
                 flags |= _MMAP_FLAGS[word]
             elif word in ("shared", "private"):
@@ -252,35 +234,32 @@ class _Player:
                 file = self._files[words.next("a file")]
                 flags &= ~constants.MAP_ANONYMOUS
             elif word == "offset":
-                offset = self._number(words.next("an offset"))
+                offset = words.number("an offset")
             elif word == "name":
-                name = words.next("a name")
-                if not _NAME.fullmatch(name):
-                    raise ValueError(f"{name!r} is no name")
+                name = words.name()
             else:
                 raise ValueError(f"{word!r} says nothing to mmap")
         outcome = space.mmap(address, length, prot, flags | sharing, file, offset)
         if name:
-            self._names[name] = outcome.value
-            self._labels.append((outcome.value, outcome.value + max(length, 1), name))
+            self._name(name, outcome.value, length)
         return self._done(f"= {outcome.value:#x}", outcome.changes, outcome.why_not)
 
-    def _munmap(self, space: AddressSpace, words: _Words) -> _Result:
-        address, length = self._range(words)
+    def _munmap(self, space: AddressSpace, words: Words) -> Result:
+        address, length = words.range()
         words.end()
         outcome = space.munmap(address, length)
         return self._done("", outcome.changes, outcome.why_not)
 
-    def _mprotect(self, space: AddressSpace, words: _Words) -> _Result:
-        address, length = self._range(words)
+    def _mprotect(self, space: AddressSpace, words: Words) -> Result:
+        address, length = words.range()
         prot = _protection(words.next("a protection"))
         words.end()
         outcome = space.mprotect(address, length, prot)
         return self._done("", outcome.changes, outcome.why_not)
 
-    def _mremap(self, space: AddressSpace, words: _Words) -> _Result:
-        address, old = self._range(words)
-        new = self._number(words.next("the new length"))
+    def _mremap(self, space: AddressSpace, words: Words) -> Result:
+        address, old = words.range()
+        new = words.number("the new length")
         flags = target = 0
         for word in words.rest():
             if word == "maymove":
@@ -289,18 +268,18 @@ class _Player:
                 flags |= constants.MREMAP_DONTUNMAP
             elif word == "fixed":
                 flags |= constants.MREMAP_FIXED
-                target = self._address(words.next("an address"))
+                target = words.address()
             else:
                 raise ValueError(f"{word!r} says nothing to mremap")
         outcome = space.mremap(address, old, new, flags, target)
         return self._done(f"= {outcome.value:#x}", outcome.changes, outcome.why_not)
 
-    def _brk(self, space: AddressSpace, words: _Words) -> _Result:
+    def _brk(self, space: AddressSpace, words: Words) -> Result:
         word = words.next("an address, +length or -length")
         words.end()
         now = space.brk(0).value
         sign = {"+": 1, "-": -1}.get(word[0], 0)
-        wanted = now + sign * self._number(word[1:]) if sign else self._address(word)
+        wanted = now + sign * number(word[1:]) if sign else Words([word], self._names).address()
         outcome = space.brk(wanted)
         result = self._done(f"= {outcome.value:#x}", outcome.changes, outcome.why_not)
         if wanted not in (0, outcome.value):  # 0 asks where the break is
@@ -309,8 +288,8 @@ class _Player:
             )
         return result
 
-    def _madvise(self, space: AddressSpace, words: _Words) -> _Result:
-        address, length = self._range(words)
+    def _madvise(self, space: AddressSpace, words: Words) -> Result:
+        address, length = words.range()
         advice = words.next("an advice")
         words.end()
         if advice not in _ADVICE:
@@ -319,13 +298,13 @@ class _Player:
         done = self._done("", outcome.changes, outcome.why_not)
         return done if done.marks else done._replace(marks=[(address, address + length)])
 
-    def _touch(self, space: AddressSpace, words: _Words) -> _Result:
-        address, length, write = self._address(words.next("an address")), 1, False
+    def _touch(self, space: AddressSpace, words: Words) -> Result:
+        address, length, write = words.address(), 1, False
         for word in words.rest():
             if word in ("read", "write"):
                 write = word == "write"
             else:
-                length = max(1, self._number(word))
+                length = max(1, number(word))
         if length > _PAGES_AT_MOST * PAGE_SIZE:
             raise ValueError(f"a touch is of {_PAGES_AT_MOST} pages at most")
         first = address & ~constants.PAGE_MASK
@@ -347,58 +326,34 @@ class _Player:
             (kind.value for kind, _ in counts if kind in (FaultKind.SIGSEGV, FaultKind.SIGBUS)), ""
         )
         end = (last & ~constants.PAGE_MASK) + PAGE_SIZE
-        return _Result(notes, [(first, end)], failure, None, frozenset(kind for kind, _ in counts))
+        return Result(notes, [(first, end)], failure, frozenset(_FAULTS[kind] for kind, _ in counts))
 
-    def _fork(self, process: str, words: _Words, text: str) -> None:
+    def _fork(self, process: str, words: Words, text: str) -> None:
         name = words.next("the child's name")
         words.end()
-        if name in self._spaces or not _NAME.fullmatch(name):
+        if name in self._spaces or not NAME.fullmatch(name):
             raise ValueError(f"{name!r} is no name for a new process")
-        parent = self._spaces[process]
+        parent = self._linux(process, "fork")
         try:
             self._spaces[name] = parent.fork()
-            result = _Result([f"{name} has the same VMAs, and private pages until one of the two writes"], [])
+            result = Result([f"{name} has the same VMAs, and private pages until one of the two writes"], [])
         except CallError as error:
-            result = _Result([str(error.strerror)], [], errno.errorcode[error.errno or 0])
+            result = Result([str(error.strerror)], [], errno.errorcode[error.errno or 0])
         self._show(text, result, process)
 
-    # Words
+    def _sample(self, space: AddressSpace | WindowsSpace, name: str) -> Sample:
+        if isinstance(space, AddressSpace):
+            return sample(space, name, self._frames, self._label)
+        return windows_sample(space, name, self._label)
 
-    def _range(self, words: _Words) -> tuple[int, int]:
-        return self._address(words.next("an address")), self._number(words.next("a length"))
+    def _label(self, address: int) -> str:
+        return next((name for start, end, name in reversed(self._labels) if start <= address < end), "")
 
-    def _address(self, word: str) -> int:
-        """Read a number, a name, or a name and a distance: ``buffer+4K``."""
-        found = re.fullmatch(r"([A-Za-z_][A-Za-z0-9_]*)(?:([+-])(.+))?", word)
-        if found is None:
-            return self._number(word)
-        name, sign, distance = found.groups()
-        if name not in self._names:
-            raise KeyError(name)
-        value = self._names[name]
-        if sign:
-            value += (1 if sign == "+" else -1) * self._number(distance)
-        if not 0 <= value <= _WORD:
-            raise ValueError(f"{word!r} is no address of 64 bits")
-        return value
-
-    def _number(self, word: str) -> int:
-        found = _SIZE.fullmatch(word)
-        if found is None or len(word) > 20:
-            raise ValueError(f"{word!r} is no number (4096, 0x1000, 4K)")
-        value = int(found[1], 0) * _UNITS[found[2]]
-        if value > _WORD:
-            raise ValueError(f"{word!r} has more than 64 bits")
-        return value
-
-    def _label(self, vma: VMA) -> str:
-        return next((name for start, end, name in reversed(self._labels) if start <= vma.start < end), "")
-
-    def _done(self, value: str, changed: Iterable[Change], why_not: Iterable[str]) -> _Result:
+    def _done(self, value: str, changed: Iterable[Change], why_not: Iterable[str]) -> Result:
         changed = list(changed)
         told = self._told(changed, why_not)
         notes = [value, *told] if value else told
-        return _Result(notes or ["no VMA changed"], _marks(changed))
+        return Result(notes or ["no VMA changed"], _marks(changed))
 
     def _told(self, changed: Iterable[Change], why_not: Iterable[str]) -> list[str]:
         """Write what happened to VMAs and what did not, as few lines."""
