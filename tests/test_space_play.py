@@ -159,6 +159,7 @@ def test_setup_is_one_step() -> None:
         (["virtual_alloc 4K reserve rw", "touch 0 read", "expect sigsegv"], "there was access-violation"),
         (["mmap 4K rw 'open"], "No closing quotation"),
         (["brk 0"] * 10_001, "at most 10000 lines"),
+        ([f"mmap 4K {'rw'[n % 2]}" for n in range(500)], "all steps together draw more than 100000 VMAs"),
     ],
 )
 def test_what_is_not_of_the_language(lines: list[str], said: str) -> None:

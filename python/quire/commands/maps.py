@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import csv
 import json
 import os
@@ -17,7 +18,6 @@ from quire.process import watch
 from quire.process.picture import picture
 
 if TYPE_CHECKING:
-    import argparse
     from collections.abc import Iterator, Sequence
 
     from rich.console import Console
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 __all__ = ["add_arguments", "console", "run", "write"]
 
 _PIPE_WIDTH = 140
+_INTERVAL_AT_MOST_S = 86400.0
 _COLUMNS = ("kind", "committed", "resident", "proportional", "unique", "dirty", "swapped")
 
 
@@ -111,14 +112,18 @@ def _pid(text: str) -> int:
 
 
 def _count(text: str) -> int:
-    if (count := int(text)) < 1:
-        raise ValueError("one at least")
-    return count
+    if not text.isascii() or not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{printable(text)!r} is no number of samples: it is 1 at least")
+    return int(text)
 
 
 def _seconds(text: str) -> float:
-    if not 0 < (seconds := float(text)) < float("inf"):
-        raise ValueError("more than 0")
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = -1.0
+    if not 0 <= seconds <= _INTERVAL_AT_MOST_S:
+        raise argparse.ArgumentTypeError(f"{printable(text)!r} is no number of seconds up to a day")
     return seconds
 
 

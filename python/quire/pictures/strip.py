@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from quire.pictures.axis import Axis
 from quire.pictures.palette import tone
 from quire.pictures.still import draw_line, draw_ticks
-from quire.pictures.svg import CHARACTER, Svg
+from quire.pictures.svg import CHARACTER, Svg, fitted
 from quire.pictures.text import address, frame_name
 
 if TYPE_CHECKING:
@@ -73,10 +73,10 @@ def _step(svg: Svg, number: int, step: Step, axis: Axis, y: float) -> float:
     svg.add("path", {"class": "line", "d": f"M{_MARGIN} {y:.1f}H{_WIDTH - _MARGIN}", "stroke-opacity": 0.4})
     y += 20
     svg.text(_MARGIN, y, str(number), style="faint")
-    svg.text(_MARGIN + 24, y, step.title, style="title")
-    style = "bad" if step.failed else "faint"
-    for note, style in [*((said, "") for said in step.said), *((note, style) for note in step.notes)]:
-        for line in textwrap.wrap(note, 122, subsequent_indent="  "):
+    svg.text(_MARGIN + 24, y, fitted(step.title, _WIDTH - 2 * _MARGIN - 24, font_px=15), style="title")
+    told = "bad" if step.failed else "faint"
+    for text, style in [*((said, "") for said in step.said), *((note, told) for note in step.notes)]:
+        for line in textwrap.wrap(text, 122, subsequent_indent="  "):
             y += 16
             svg.text(_MARGIN + 24, y, line, style=style)
     y += 12

@@ -33,6 +33,7 @@ __all__ = ["Lesson", "play"]
 
 _LINES_AT_MOST = 10_000
 _PAGES_AT_MOST = 1 << 16
+_ROWS_AT_MOST = 100_000
 _MMAP_FLAGS = {
     "fixed": constants.MAP_FIXED,
     "noreplace": constants.MAP_FIXED_NOREPLACE,
@@ -98,6 +99,7 @@ class _Player:
         self._said: list[str] = []
         self._last = Result([], [])
         self._setup = False
+        self._drawn = 0
         self._operations: dict[str, Callable[[AddressSpace, Words], Result]] = {
             "mmap": self._mmap,
             "munmap": self._munmap,
@@ -109,6 +111,7 @@ class _Player:
         }
 
     def line(self, line: str) -> None:
+        """Do one line; ValueError, KeyError or Malformed if that cannot be."""
         words = shlex.split(line, comments=True)
         if not words:
             return
@@ -179,6 +182,9 @@ class _Player:
             self._sample(space, name)._replace(marks=tuple(result.marks) if name == process else ())
             for name, space in self._spaces.items()
         )
+        self._drawn += sum(len(panel.rows) for panel in panels)
+        if self._drawn > _ROWS_AT_MOST:
+            raise Malformed(f"all steps together draw more than {_ROWS_AT_MOST} VMAs")
         self.steps.append(Step(title, tuple(self._said), tuple(result.notes), bool(result.failure), panels))
         self._said = []
 
