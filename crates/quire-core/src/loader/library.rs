@@ -176,7 +176,10 @@ impl Library {
     pub fn open(&self, mode: c_int) -> std::result::Result<dl::Handle, OpenError> {
         let mut state = lock(&self.state);
         match &*state {
-            State::Open(handle) => return Ok(*handle),
+            State::Open(handle) => {
+                self.publish(mode)?;
+                return Ok(*handle);
+            }
             State::Closed => return Err(OpenError::Linker("the library is closed".to_owned())),
             State::Prepared => {}
         }
@@ -201,12 +204,18 @@ impl Library {
         // SAFETY: the addresses were checked to lie within the object, which is linked; its constructors were hidden from
         // the dynamic linker, and run here once, since the state was Prepared.
         unsafe { dl::construct(init.map(at), at(array.start), ((array.end - array.start) / 8) as usize) };
-        if mode != quiet {
-            // Once more, to make its symbols known; the reference that this counts is not needed.
-            let global = dl::Handle::open(&self.path, mode | libc::RTLD_NOLOAD).map_err(OpenError::Linker)?;
-            global.close().map_err(OpenError::Linker)?;
-        }
+        self.publish(mode)?;
         Ok(handle)
+    }
+
+    /// Make the symbols of what is loaded known to all, if the mode says so.
+    fn publish(&self, mode: c_int) -> std::result::Result<(), OpenError> {
+        if mode & libc::RTLD_GLOBAL == 0 {
+            return Ok(());
+        }
+        // The reference that this counts is not needed.
+        let global = dl::Handle::open(&self.path, mode | libc::RTLD_NOLOAD).map_err(OpenError::Linker)?;
+        global.close().map_err(OpenError::Linker)
     }
 
     /// Give the library's own reference back. True if the object was unloaded: others may hold references, and some objects

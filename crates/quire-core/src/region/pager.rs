@@ -15,6 +15,10 @@ use crate::{Error, Result};
 /// Threads at once; touches that find all of them busy wait.
 const MOST_THREADS: usize = 32;
 
+const CLOSED: &str = "quire: a page is missing and cannot be filled: this program has closed the descriptor of \
+                      userfaultfd, which is not its own; a daemon closes its descriptors before it opens regions or \
+                      imports wheels, or loads libraries whole (QUIRE_LIBRARIES=whole)\n";
+
 struct Pager {
     uffd: Uffd,
     leader: Mutex<()>,
@@ -45,12 +49,14 @@ pub fn signal_uffd() -> Result<&'static Uffd> {
 }
 
 fn open(features: u64) -> Result<Uffd> {
-    Uffd::open(features).map_err(|error| {
+    let uffd = Uffd::open(features).map_err(|error| {
         Error::Unsupported(format!(
             "{error}: this user may not use userfaultfd; access to /dev/userfaultfd, CAP_SYS_PTRACE or \
              vm.unprivileged_userfaultfd=1 allows it, and a seccomp filter may forbid it"
         ))
-    })
+    })?;
+    uffd.keep_open()?;
+    Ok(uffd)
 }
 
 /// Make sure that touches of a region are served from now on.
@@ -88,6 +94,11 @@ fn run(pager: &'static Pager) {
                     return;
                 }
             };
+            if !pager.uffd.is_open() {
+                // The toucher would wait for ever, and nobody can fill the page any more.
+                signals::complain(CLOSED.as_bytes());
+                std::process::abort();
+            }
             let Some((region, offset)) = registry::find(address) else {
                 // Closed in between; nobody can wait for it but by a pointer that dangles.
                 continue;

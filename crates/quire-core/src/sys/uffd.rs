@@ -1,9 +1,10 @@
 //! userfaultfd: opening one by whatever way is allowed, and its ioctls.
 #![allow(unsafe_code)]
 
-use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd};
 
 use crate::sys::memfd::Piece;
+use crate::sys::threads;
 use crate::{Error, Result};
 
 pub const FEATURE_PAGEFAULT_FLAG_WP: u64 = 1 << 0;
@@ -41,6 +42,8 @@ pub struct Uffd {
     fd: OwnedFd,
     /// Faults inside system calls are not delivered: such calls fail with EFAULT.
     user_mode_only: bool,
+    /// Of the file, to tell it from others under the same number.
+    identity: (u64, u64),
 }
 
 /// What became of a copy into missing pages.
@@ -59,7 +62,7 @@ impl Uffd {
         for (user_mode_only, fd) in [(false, from_device as fn() -> _), (false, from_call), (true, from_user_mode_call)]
         {
             match fd().and_then(|fd| handshake(fd, features)) {
-                Ok(fd) => return Ok(Self { fd, user_mode_only }),
+                Ok(fd) => return Ok(Self { identity: identity(&fd), fd, user_mode_only }),
                 Err(error) => failure = error,
             }
         }
@@ -79,6 +82,18 @@ impl Uffd {
                 return Err(error);
             }
         }
+    }
+
+    /// Keep the kernel from forgetting all registrations when the program closes descriptors that it does not know: what
+    /// is missing would read as zeros from then on.
+    pub fn keep_open(&self) -> Result<()> {
+        threads::keep_open("quire-keeper", self.fd.as_fd())
+    }
+
+    /// Whether the descriptor is what it was opened as; false if the program has closed it.
+    #[must_use]
+    pub fn is_open(&self) -> bool {
+        identity(&self.fd) == self.identity
     }
 
     pub fn register(&self, addr: usize, len: usize, mode: u64) -> Result<()> {
@@ -162,6 +177,14 @@ impl Uffd {
     pub fn write_protect(&self, addr: usize, len: usize) -> Result<()> {
         self.ioctl("ioctl(UFFDIO_WRITEPROTECT)", IOC_WRITEPROTECT, &mut [addr as u64, len as u64, 1])
     }
+}
+
+fn identity(fd: &OwnedFd) -> (u64, u64) {
+    // SAFETY: a zeroed stat is a valid one to be filled in.
+    let mut status: libc::stat = unsafe { std::mem::zeroed() };
+    // SAFETY: the kernel fills the struct in, or fails if the descriptor is not open.
+    let rc = unsafe { libc::fstat(fd.as_raw_fd(), &raw mut status) };
+    if rc == 0 { (status.st_dev, status.st_ino) } else { (0, 0) }
 }
 
 fn owned(call: &'static str, fd: i64) -> Result<OwnedFd> {
