@@ -208,7 +208,7 @@ def load(
 
 
 def _linked(linked: Linked, name: str, mode: int) -> Library:
-    return Library._make(name, linked.native.open(mode), mode, linked, "", 0)
+    return Library._make(name, linked.native.open(os.RTLD_NOW), mode, linked, "", 0)
 
 
 def _plain(source: FileSource, mode: int, flags: int) -> Library:
