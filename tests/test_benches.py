@@ -79,3 +79,14 @@ def test_only_a_full_run_replaces_the_published_report() -> None:
 def test_measures_wheels_or_says_why_not(report: Path) -> None:
     text = report.read_text(encoding="utf-8")
     assert "### Import numpy and call it, warm page cache" in text or "Not measured: pip cannot" in text
+
+
+def test_lending_changes_nothing_for_others() -> None:
+    from benches import lending
+
+    lines = "\n".join(lending.measure(clients=4, size=16 << 20))
+    assert "who complies (released)" in lines
+    assert "who does not (cut)" in lines
+    assert (
+        "the other 2: changed bytes seen by 0; faults when they touched every page again: 0 at most" in lines
+    )

@@ -221,6 +221,25 @@ def test_too_many_connections_of_one_user(tmp_path: pathlib.Path) -> None:
             again.ping()
 
 
+def test_coming_and_going_leaves_nothing(tmp_path: pathlib.Path) -> None:
+    with inside(tmp_path / "broker", connections=2) as broker:
+        for _ in range(50):
+            Raw(broker.path).sock.close()
+        broker.wait(lambda world: not world.sessions)
+        refused = 0
+        for _ in range(8):
+            raw = Raw(broker.path)
+            if isinstance(raw.welcome, protocol.Fault):
+                assert raw.welcome.fault == "quota"
+                refused += 1
+            else:
+                # Something that it may come back for.
+                raw.ask(protocol.Weaken(2, raw.welcome.bank, 1))
+            raw.sock.close()
+            broker.wait(lambda world: not any(each.port for each in world.sessions.values()))
+        assert refused == 4
+
+
 def test_who_may_not_connect_is_sent_away(tmp_path: pathlib.Path) -> None:
     with (
         inside(tmp_path / "broker", users=[54321]) as broker,

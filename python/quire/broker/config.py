@@ -46,7 +46,8 @@ class Config(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
     policy: str = "cut"
     """What is done to a client that does not give memory back: ``cut``, ``disconnect`` or ``kill``."""
     move_ms: int = 2000
-    """How long a client may take to be moved before it is cut off as well."""
+    """How long clients may take to be moved before they are cut off as well; 2 ms for each MiB that each of
+    them has to map are added."""
     resume_seconds: float = 10.0
     """How long a client may take to come back after the broker was restarted."""
     rate: float = 20_000.0

@@ -40,6 +40,8 @@ if TYPE_CHECKING:
 __all__ = ["Revoker"]
 
 _COPY_BYTES = 8 << 20
+# Several times what a client needs to map a MiB with all its pages.
+_MAP_MIB_MS = 2
 _log = logging.getLogger("quire.broker")
 
 
@@ -382,7 +384,9 @@ class Revoker:
 
             asked.setdefault(session, []).append(self._ask_with(session, event, extent, write))
         crash_point("move:asked")
-        stalled = await self._answers(asked, self._move_ms)
+        # They share the processors, and each has to map every page.
+        mapping_ms = len(asked) * (extent.length >> 20) * _MAP_MIB_MS
+        stalled = await self._answers(asked, self._move_ms + mapping_ms)
         crash_point("move:answered")
         self._cut_leases(extent, set(stalled))
         self._world.commit()

@@ -116,6 +116,7 @@ class Server:
         self._busy: set[Connection] = set()
         self._tasks: set[Awaitable[object]] = set()
         self._came_back = asyncio.Event()
+        self._most = 2 * config.connections
 
     def _bank(self, name: str, limit: Amount) -> Bank:
         """A bank of the broker's own, below the root; its limit is what the configuration says now."""
@@ -230,6 +231,10 @@ class Server:
         session.port = None
         self.revoker.lost(session)
         self.announcer.lost(session)
+        if len(session.grips) == 1 and not session.leases:
+            # It has the bank of its user only, so there is nothing to come back for.
+            for handle in list(session.grips):
+                self.world.close_handle(session, handle)
         self._gone(session)
 
     # Sessions without a connection
@@ -428,6 +433,13 @@ class Server:
         resumed = session is not None
         if session is None:
             try:
+                if (
+                    sum(1 for each in self.world.sessions.values() if each.uid == connection.uid)
+                    >= self._most
+                ):
+                    raise QuotaExceeded(
+                        f"a user has {self._most} sessions at most, those that may come back too"
+                    )
                 home = self.world.home(connection.uid, self._home_limit(connection.uid), self._clients)
             except QuotaExceeded as error:
                 connection.post(protocol.Fault(message.id, "quota", str(error)), [])
