@@ -19,6 +19,7 @@ from benches import (
     maps,
     regions,
     report,
+    space,
     starting,
     versions,
     wheels,
@@ -35,6 +36,7 @@ ROWS = (
     "wheels",
     "maps",
     "images",
+    "space",
     "import",
     "growth",
 )
@@ -82,6 +84,8 @@ def main() -> int:
         rows += maps.measure(plan)
     if announce("images"):
         rows += images.measure(plan)
+    if announce("space"):
+        rows += space.measure(plan)
     started = starting.measure(plan) if announce("import") else None
     grown = growth.measure(plan) if announce("growth") else None
     report.write(

@@ -8,7 +8,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from spaceprograms import PRIVATE, SHARED, Case, Comparison, R, W, X
+from spacecases import Case
+from spaceprograms import PRIVATE, SHARED, Comparison, R, W, X
 
 import quire.image
 from quire.space import AddressSpace, CallError, FaultKind, File, Rules, running_rules

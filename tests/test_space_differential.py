@@ -3,13 +3,10 @@
 from collections.abc import Iterator
 
 import pytest
-from hypothesis import HealthCheck, Phase, given, seed, settings
-from hypothesis import strategies as st
-from spaceprograms import STEP_BYTES, Comparison, DisagreementError
+from spaceprograms import Comparison, DisagreementError
 
 from quire.space import running_rules
 
-STEPS = 100
 BATCHES = 10
 PROGRAMS = 112
 LEAST = 10_000
@@ -24,20 +21,7 @@ def tester() -> Iterator[Comparison]:
 @pytest.mark.parametrize("batch", range(BATCHES))
 def test_random_programs_agree(tester: Comparison, batch: int) -> None:
     before = tester.operations
-
-    @seed(batch)
-    @settings(
-        max_examples=PROGRAMS,
-        deadline=None,
-        database=None,
-        phases=(Phase.generate, Phase.shrink),
-        suppress_health_check=list(HealthCheck),
-    )
-    @given(st.binary(min_size=STEPS * STEP_BYTES, max_size=STEPS * STEP_BYTES))
-    def agree(program: bytes) -> None:
-        tester.run(program)
-
-    agree()
+    tester.run_random(batch, PROGRAMS)
     compared = tester.operations - before
     assert compared >= LEAST, f"only {compared} calls were compared"
 

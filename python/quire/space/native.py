@@ -22,10 +22,10 @@ from quire._native import PAGE_SIZE, calls_code_address, spawn_calls
 from quire.errors import Unsupported
 
 LIST_AT = 0x4000_0000
-LIST_BYTES = 16 << 20
+LIST_BYTES = 32 << 20
 TIMEOUT_SECONDS = 60
 # Records lie before it, what they point to behind it.
-_DATA_AT = LIST_BYTES // 4
+_DATA_AT = LIST_BYTES // 2
 
 _RECORD = struct.Struct("<7QqQQ")
 _ADDRESS = struct.Struct("<Q")

@@ -4,21 +4,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from quire.space.constants import PAGE_SHIFT, VM_EXEC, VM_MAYSHARE, VM_READ, VM_WRITE
+from quire.space.constants import PAGE_SHIFT
 
 if TYPE_CHECKING:
     from quire.space.state import State
     from quire.space.vma import VMA
-
-_ACCESS = VM_READ | VM_WRITE | VM_EXEC | VM_MAYSHARE
-_PROTECTIONS = {
-    flags: ("r" if flags & VM_READ else "-")
-    + ("w" if flags & VM_WRITE else "-")
-    + ("x" if flags & VM_EXEC else "-")
-    + ("s" if flags & VM_MAYSHARE else "p")
-    for flags in range(_ACCESS + 1)
-    if not flags & ~_ACCESS
-}
 
 
 def name_of(state: State, vma: VMA) -> str:
@@ -35,7 +25,7 @@ def maps_text(state: State) -> str:
     lines = []
     brk_start, brk_now = state.brk_start, state.brk_now
     for vma in state.tree:
-        protection = _PROTECTIONS[vma.flags & _ACCESS]
+        protection = vma.protection
         file = vma.file
         if file is not None:
             major, minor = file.device

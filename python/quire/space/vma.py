@@ -19,6 +19,16 @@ if TYPE_CHECKING:
 
 _numbers = itertools.count(1)
 
+_SHOWN = VM_READ | VM_WRITE | VM_EXEC | VM_MAYSHARE
+PROTECTIONS = {
+    flags: ("r" if flags & VM_READ else "-")
+    + ("w" if flags & VM_WRITE else "-")
+    + ("x" if flags & VM_EXEC else "-")
+    + ("s" if flags & VM_MAYSHARE else "p")
+    for flags in range(_SHOWN + 1)
+    if not flags & ~_SHOWN
+}
+
 
 class File:
     """A file that can be mapped, with its page cache.
@@ -135,13 +145,7 @@ class VMA:
     @property
     def protection(self) -> str:
         """As in a map: ``rw-p``."""
-        flags = self.flags
-        return (
-            ("r" if flags & VM_READ else "-")
-            + ("w" if flags & VM_WRITE else "-")
-            + ("x" if flags & VM_EXEC else "-")
-            + ("s" if flags & VM_MAYSHARE else "p")
-        )
+        return PROTECTIONS[self.flags & _SHOWN]
 
     @property
     def size_bytes(self) -> int:
