@@ -467,6 +467,29 @@ def test_the_command(tmp_path: pathlib.Path) -> None:
         quire.connect(path)
 
 
+def test_without_msgspec_it_says_what_to_install() -> None:
+    program = """
+import importlib.util, sys
+found = importlib.util.find_spec
+importlib.util.find_spec = lambda name, *rest: None if name == "msgspec" else found(name, *rest)
+import quire
+try:
+    quire.connect
+except quire.Unsupported as error:
+    print(error)
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert "install quire[broker]" in done.stdout
+
+
+def test_a_folder_that_is_not_there_is_named(tmp_path: pathlib.Path) -> None:
+    argv = [sys.executable, "-m", "quire", "broker", "--socket", str(tmp_path / "no" / "broker")]
+    done = subprocess.run(argv, capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert "bind" in done.stderr
+    assert str(tmp_path / "no") in done.stderr
+
+
 def test_two_brokers_do_not_share_a_path(tmp_path: pathlib.Path) -> None:
     path = tmp_path / "broker"
     with daemon(path):

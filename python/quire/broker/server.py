@@ -523,15 +523,20 @@ def listen(path: str) -> socket.socket:
         else:
             raise OSError(errno.EADDRINUSE, f"bind: a broker listens on {path} already")
     sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
+    unseen = f"{path}.{os.getpid()}"
     try:
-        unseen = f"{path}.{os.getpid()}"
-        sock.bind(unseen)
+        try:
+            sock.bind(unseen)
+        except OSError as error:
+            raise OSError(error.errno, f"bind: {error.strerror}: {unseen}") from error
         # Who may connect is for the folder's permissions, and for `users` of the configuration.
         os.chmod(unseen, 0o666)  # noqa: S103
         sock.listen(1024)
         os.rename(unseen, path)
     except BaseException:
         sock.close()
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(unseen)
         raise
     return sock
 
