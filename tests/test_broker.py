@@ -240,7 +240,7 @@ def test_destroying_a_bank_takes_everything_back(owner, other) -> None:
     segment.array("u1")[:] = 1
     kept = owner.deposit(segment.snapshot(), bank=bank)
     used = owner.describe(bank).used[0]
-    taken = owner.destroy(bank)
+    taken = owner.destroy(bank, deadline_ms=5000)
     assert taken.freed_bytes == used
     assert owner.describe(owner.bank).used == [0, 0, 0]
     assert borrowed.revoked
@@ -403,7 +403,7 @@ def test_asyncio(broker) -> None:
             borrowed = await other.lease(await other.open("memory"), 5, 10)
             assert borrowed[0] == 55
             await asyncio.gather(*(other.ping() for _ in range(100)))
-            taken = await owner.revoke(handle)
+            taken = await owner.revoke(handle, deadline_ms=5000)
             assert [outcome.client for outcome in taken.outcomes] == [other.number]
             assert borrowed.revoked
             segment, snapshots = versions(2)

@@ -23,7 +23,7 @@ MIB = 1 << 20
 
 @pytest.fixture
 def broker(tmp_path: pathlib.Path):
-    with inside(tmp_path / "broker", frame_seconds=0.3) as running:
+    with inside(tmp_path / "broker", frame_seconds=1) as running:
         yield running
         assert running.audit() == []
 

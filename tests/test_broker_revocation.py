@@ -85,7 +85,7 @@ def test_who_complies_is_seen_to_have_complied(broker, owner, memory) -> None:
             "told = []; lease.on_revoke(lambda offset, length: told.append((offset, length, int(a.sum()))))"
         )
         total = child("total")
-        assert outcomes(owner.revoke(handle, client=number)) == {number: "released"}
+        assert outcomes(owner.revoke(handle, client=number, deadline_ms=5000)) == {number: "released"}
         assert child("told") == [(0, SIZE, total)]
         with pytest.raises(AssertionError, match="Revoked"):
             child("lease[0]")
@@ -98,7 +98,7 @@ def test_who_complies_is_seen_to_have_complied(broker, owner, memory) -> None:
 def test_a_touch_after_revocation_is_sigbus(broker, owner, memory) -> None:
     with children(broker.path, 1) as (child,):
         borrow(child)
-        owner.revoke(memory[0])
+        owner.revoke(memory[0], deadline_ms=5000)
         child.begin("a[0]")
         assert child.process.wait(10) == -signal.SIGBUS
 
@@ -107,7 +107,9 @@ def test_part_of_a_lease_is_taken_back(broker, owner, memory) -> None:
     handle, lease = memory
     with children(broker.path, 1) as (child,):
         number = borrow(child)
-        assert outcomes(owner.revoke(handle, 3 * MIB + 5, MIB, client=number)) == {number: "released"}
+        assert outcomes(owner.revoke(handle, 3 * MIB + 5, MIB, client=number, deadline_ms=5000)) == {
+            number: "released"
+        }
         assert child("lease.held") == [(0, 3 * MIB), (4 * MIB + PAGE, SIZE)]
         assert child("lease[3 * 2**20 - 1]") == lease[3 * MIB - 1]
         with pytest.raises(AssertionError, match="Revoked"):
@@ -133,7 +135,7 @@ def test_liars_are_found_out_and_cut_off(broker, owner, memory, first, why) -> N
         total = other("int(a.sum())")
         addresses = other("lease.address")
         before = other("faults()")
-        taken = owner.revoke(handle, client=number)
+        taken = owner.revoke(handle, client=number, deadline_ms=5000)
         assert outcomes(taken) == {number: "cut"}
         assert why in taken.outcomes[0].why
         assert taken.moved_bytes == SIZE
@@ -189,7 +191,7 @@ def test_certainty_reaches_a_forked_child(broker, owner, memory) -> None:
         )
         child("r, w = os.pipe(); pid = os.fork()\nif pid == 0:\n    os.read(r, 1); a[0]; os._exit(0)")
         # The fork has no mapping through the client, and the client complies.
-        assert outcomes(owner.revoke(handle, client=number)) == {number: "released"}
+        assert outcomes(owner.revoke(handle, client=number, deadline_ms=5000)) == {number: "released"}
         taken = owner.revoke(handle, client=number, certain=True)
         assert taken.outcomes == []
         number = borrow(child)
@@ -197,6 +199,19 @@ def test_certainty_reaches_a_forked_child(broker, owner, memory) -> None:
         assert outcomes(taken) == {number: "cut"}
         child("os.write(w, b'x')")
         assert child("os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])") == -signal.SIGBUS
+
+
+def test_a_stopped_client_learns_that_memory_was_destroyed(broker, owner, memory) -> None:
+    handle, _ = memory
+    with children(broker.path, 1) as (stopped,):
+        borrow(stopped)
+        os.kill(stopped.pid, signal.SIGSTOP)
+        taken = owner.destroy(handle, deadline_ms=20)
+        assert "cut" in outcomes(taken).values()
+        assert taken.freed_bytes == SIZE
+        os.kill(stopped.pid, signal.SIGCONT)
+        stopped("c.ping()")
+        assert stopped("lease.held") == []
 
 
 @pytest.mark.parametrize("policy", ["disconnect", "kill"])
@@ -273,7 +288,7 @@ def test_all_at_once(broker, owner, memory) -> None:
     with children(broker.path, 4) as clients:
         for index, child in enumerate(clients):
             borrow(child, LIAR if index == 0 else "")
-        results = outcomes(owner.revoke(handle))
+        results = outcomes(owner.revoke(handle, deadline_ms=5000))
         assert sorted(results.values()) == ["cut", "released", "released", "released"]
         assert not lease.revoked
         assert owner.holders(handle)[0].client == owner.number
@@ -339,7 +354,7 @@ def test_many_clients_one_revoked_politely_and_one_by_force(tmp_path: pathlib.Pa
             # What asking costs by itself.
             baseline = [child("faults()") - before for child, before in zip(others, faults, strict=True)]
             faults = [child("faults()") for child in others]
-            assert outcomes(owner.revoke(handle, client=first)) == {first: "released"}
+            assert outcomes(owner.revoke(handle, client=first, deadline_ms=5000)) == {first: "released"}
             assert outcomes(owner.revoke(handle, client=second)) == {second: "cut"}
             for child, before, own in zip(others, faults, baseline, strict=True):
                 child("total2 = int(a[::4096].sum())")

@@ -448,6 +448,10 @@ class Revoker:
                 )
                 for session in targets
             ]
+            for lease in memory.leases:
+                if lease.session in failed and lease.session.port is not None:
+                    for start, stop in lease.spans:
+                        lease.session.port.post(CutEvent(lease.number, start, stop - start), [])
             freed = self._world.free_memory(memory)
             self._world.commit()
             crash_point("reclaim:freed")
