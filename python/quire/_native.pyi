@@ -195,6 +195,9 @@ class FrameEncoder:
     def frame(self, data: bytes) -> bytes:
         """One frame with length and checksum."""
 
+def digest(data: bytes) -> bytes:
+    """The first 16 bytes of the BLAKE3 hash."""
+
 def is_loaded(name: str | bytes) -> bool:
     """Whether the dynamic linker would take an object that it has for this name."""
 

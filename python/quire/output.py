@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import os
-import secrets
 import stat
 from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING
@@ -95,7 +94,7 @@ def _check_free(target: str, force: bool) -> None:
 
 
 def _draft_name() -> str:
-    return f".quire-{secrets.token_hex(16)}"
+    return f".quire-{os.urandom(16).hex()}"
 
 
 def _open_draft(directory: str, folder: int) -> tuple[int, str | None]:

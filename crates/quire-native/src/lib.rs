@@ -1,6 +1,7 @@
 //! The module `quire._native`: a thin binding of `quire-core`. No logic lives here.
 
 mod calls;
+mod digest;
 mod door;
 mod errors;
 mod image;
@@ -18,6 +19,9 @@ mod snapshot;
 mod source;
 
 use pyo3::prelude::*;
+
+#[global_allocator]
+static ALLOCATOR: quire_core::sys::alloc::Large = quire_core::sys::alloc::Large;
 
 #[pymodule(gil_used = true)]
 fn _native(module: &Bound<'_, PyModule>) -> PyResult<()> {
@@ -40,6 +44,7 @@ fn _native(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add_class::<image::macho::MachOFile>()?;
     module.add_function(wrap_pyfunction!(image::macho::macho_members, module)?)?;
     module.add_function(wrap_pyfunction!(image::elf::elf_name, module)?)?;
+    module.add_function(wrap_pyfunction!(digest::digest, module)?)?;
     module.add_function(wrap_pyfunction!(library::is_loaded, module)?)?;
     module.add_function(wrap_pyfunction!(purgeable::available_bytes, module)?)?;
     module.add_class::<region::Region>()?;

@@ -19,6 +19,8 @@ import zlib
 from importlib.util import MAGIC_NUMBER
 from typing import TYPE_CHECKING
 
+from quire import _native
+
 if TYPE_CHECKING:
     from types import CodeType
 
@@ -83,11 +85,8 @@ class _Cache:
             return None
         folder = self._folders.get(wheel.archive)
         if folder is None:
-            # Only here, for it takes longer to import than all of this module.
-            from hashlib import blake2b  # noqa: PLC0415
-
             key = f"{sys.implementation.cache_tag}\0{sys.flags.optimize}\0{wheel.archive}"
-            name = blake2b(os.fsencode(key), digest_size=16).hexdigest()
+            name = _native.digest(os.fsencode(key)).hex()
             folder = self._folders[wheel.archive] = os.path.join(root, name)
         return os.path.join(folder, f"{member.replace('/', '.')}c")
 

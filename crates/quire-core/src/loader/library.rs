@@ -11,7 +11,7 @@ use super::reader::Reader;
 use crate::elf::Linkage;
 use crate::pages::PAGE;
 use crate::region::{self, Backend, Discard, Figures, Region, RegionError, View};
-use crate::source::{Failure, Source};
+use crate::source::{self, Failure, Source};
 use crate::sys::area::Access;
 use crate::sys::{dl, memfd};
 use crate::{Error, Result};
@@ -95,7 +95,10 @@ impl Library {
             Some(reason) => reason,
             None if size < WORTH_BYTES => format!("its {size} bytes are not worth being left out"),
             None => match Self::paged(&source, name, window_bytes)? {
-                Ok(paged) => return Self::of(size, Body::Paged(paged)),
+                Ok(paged) => {
+                    source::trim(0);
+                    return Self::of(size, Body::Paged(paged));
+                }
                 Err(reason) => reason,
             },
         };

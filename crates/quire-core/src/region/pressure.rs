@@ -10,6 +10,7 @@ use std::time::Duration;
 
 use super::{Discard, Outcome, Region, registry};
 use crate::pages::{PAGE, PageRange};
+use crate::source;
 use crate::sys::fork::PerProcess;
 use crate::sys::memory;
 use crate::sys::pagemap::Pagemap;
@@ -135,7 +136,13 @@ pub fn watch() {
 }
 
 fn listen(stall: &Stall) {
+    let mut seen = now();
     while let Ok(stalled) = stall.wait(Duration::from_secs(1)) {
+        let fills = CLOCK.load(Ordering::Relaxed);
+        if fills == std::mem::replace(&mut seen, fills) {
+            // Nothing was filled for a second: what is kept to fill the next faster only takes memory.
+            source::trim(0);
+        }
         if !stalled {
             continue;
         }

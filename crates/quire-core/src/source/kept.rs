@@ -7,7 +7,7 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use super::Failure;
 
 /// Room for blocks, in bytes.
-const LIMIT: usize = 16 << 20;
+const LIMIT: usize = 8 << 20;
 
 /// The decoded blocks of one source. Whoever asks for a block that another thread makes waits for it rather than make it
 /// again.
@@ -56,6 +56,33 @@ impl Pool {
     }
 }
 
+/// Give up all blocks but those used last, of so many bytes together: whoever uses them now may not come back soon.
+pub fn trim(bytes: usize) {
+    POOL.lock().shrink(bytes, false);
+}
+
+impl State {
+    fn shrink(&mut self, limit: usize, reuse: bool) {
+        let mut total: usize = self.blocks.iter().map(|(_, block)| block.capacity()).sum();
+        let mut surplus = 0;
+        while total > limit && surplus + usize::from(reuse) < self.blocks.len() {
+            total -= self.blocks[surplus].1.capacity();
+            surplus += 1;
+        }
+        let oldest = self.blocks.drain(..surplus);
+        if reuse {
+            // Fresh memory costs a fault for each page, so one buffer is used again.
+            let spare = oldest.rev().find_map(|(_, block)| Arc::try_unwrap(block).ok());
+            if self.spare.is_empty() {
+                self.spare.extend(spare);
+            }
+        } else {
+            drop(oldest);
+            self.spare.clear();
+        }
+    }
+}
+
 impl Kept {
     pub fn new() -> Self {
         Self::within(&POOL)
@@ -101,15 +128,7 @@ impl Kept {
         let block = Arc::new(block);
         let mut state = self.pool.lock();
         state.blocks.push(((self.owner, key), Arc::clone(&block)));
-        let mut total: usize = state.blocks.iter().map(|(_, block)| block.capacity()).sum();
-        while total > self.pool.limit && state.blocks.len() > 1 {
-            let (_, oldest) = state.blocks.remove(0);
-            total -= oldest.capacity();
-            // Fresh memory costs a fault for each page, so one buffer is used again.
-            if let (true, Ok(buffer)) = (state.spare.is_empty(), Arc::try_unwrap(oldest)) {
-                state.spare.push(buffer);
-            }
-        }
+        state.shrink(self.pool.limit, true);
         block
     }
 

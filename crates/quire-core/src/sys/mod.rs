@@ -1,5 +1,6 @@
 //! The kernel, one file per facility. Nothing above this module makes a system call.
 
+pub mod alloc;
 pub mod area;
 pub mod calls;
 pub mod dl;

@@ -34,8 +34,10 @@ pub fn keep_open(name: &'static str, file: BorrowedFd<'_>) -> Result<()> {
         // Files that others close are not to be kept open by this table.
         let kept = alone && (number == 0 || close(0, number - 1, 0));
         let _nobody_listens = told.send(());
-        while kept {
-            std::thread::park();
+        if kept {
+            loop {
+                std::thread::park();
+            }
         }
     })?;
     let _ended = tell.recv();
