@@ -19,6 +19,7 @@ from benches import (
     maps,
     regions,
     report,
+    sandbox,
     space,
     starting,
     versions,
@@ -37,6 +38,7 @@ ROWS = (
     "maps",
     "images",
     "space",
+    "sandbox",
     "import",
     "growth",
 )
@@ -86,6 +88,8 @@ def main() -> int:
         rows += images.measure(plan)
     if announce("space"):
         rows += space.measure(plan)
+    if announce("sandbox"):
+        rows += sandbox.measure(plan)
     started = starting.measure(plan) if announce("import") else None
     grown = growth.measure(plan) if announce("growth") else None
     report.write(

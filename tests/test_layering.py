@@ -19,7 +19,7 @@ LAYERS = [
     {"functions", "linking"},
     {"packing", "region", "remote", "wheels"},
     {"image", "space", "wire"},
-    {"broker", "process"},
+    {"broker", "process", "sandbox"},
     {"aio", "client"},
     {"__init__"},
     {"costs"},

@@ -20,6 +20,7 @@ from quire.errors import (
     QuireError,
     QuotaExceeded,
     Revoked,
+    SandboxError,
     Stalled,
     Unsupported,
 )
@@ -76,6 +77,7 @@ __all__ = [
     "Region",
     "RegionStats",
     "Revoked",
+    "SandboxError",
     "Segment",
     "Snapshot",
     "SnapshotSource",
@@ -117,7 +119,7 @@ _LATER = {
     "wire": ("Channel", "recv", "send"),
 }
 _HOMES = {name: module for module, names in _LATER.items() for name in names}
-_PACKAGES = ("image",)
+_PACKAGES = ("image", "sandbox")
 
 
 def __getattr__(name: str) -> Any:

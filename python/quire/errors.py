@@ -9,7 +9,8 @@
         │   ├── Malformed       bytes or descriptors that do not follow the written formats
         │   ├── Stalled         a peer stopped in the middle of a message (also a TimeoutError)
         │   ├── PageError       a page could not be filled by its source
-        │   └── Revoked         the lender took the memory back
+        │   ├── Revoked         the lender took the memory back
+        │   └── SandboxError    code in a sandbox did not return
         ├── nobody's fault: two sides were right and cannot both win
         │   ├── Conflict        both changed the same bytes
         │   └── QuotaExceeded   the account that would pay has too little left
@@ -37,6 +38,7 @@ __all__ = [
     "QuireError",
     "QuotaExceeded",
     "Revoked",
+    "SandboxError",
     "Stalled",
     "Unsupported",
 ]
@@ -93,3 +95,39 @@ class ForkedError(QuireError):
 
 class Unsupported(QuireError):
     """The kernel or its settings lack something that this call needs; the message says which."""
+
+
+class SandboxError(QuireError):
+    """Code in a sandbox did not return: it raised, ran out of time or memory, died, or answered with garbage.
+
+    All that it had is gone; what it used is accounted for.
+
+    Attributes:
+        reason: "raised", "timeout", "memory", "cpu", "killed" (it died or left without an answer), "answer"
+            (what it answered is refused) or "start" (an import, an input or the function failed before its
+            doors were shut).
+        usage: What it used, a ``quire.sandbox.Usage``; None if it never began.
+        stdout: What it printed, cut.
+        stderr: The same of its standard error; for "raised" with the traceback.
+    """
+
+    reason: str
+    usage: object
+    stdout: str
+    stderr: str
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        reason: str = "killed",
+        usage: object = None,
+        stdout: str = "",
+        stderr: str = "",
+    ) -> None:
+        """Keep what is known of the end."""
+        super().__init__(message)
+        self.reason = reason
+        self.usage = usage
+        self.stdout = stdout
+        self.stderr = stderr
