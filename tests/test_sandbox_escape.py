@@ -3,14 +3,17 @@
 import json
 import os
 import socket
+import struct
 import subprocess
 import sys
 
 import pytest
 from sandboxes import ATTEMPTS, MODULES, PRELUDE, numbers, script, skip_where_impossible
+from support import run_forked
 
 import quire
 import quire.sandbox
+from quire.sandbox import kernel, syscalls
 
 # What fails for another reason than that the call is not allowed.
 OTHERWISE = {
@@ -65,7 +68,7 @@ def facts():
 
 @pytest.fixture(scope="module")
 def inside(facts) -> dict[str, str]:
-    result = quire.sandbox.run(script(**facts), imports=MODULES)
+    result = quire.sandbox.run(script(set(ATTEMPTS), **facts), imports=MODULES)
     return json.loads(result.stdout)
 
 
@@ -131,3 +134,58 @@ def test_the_other_table_of_system_calls_kills() -> None:
     with pytest.raises(quire.SandboxError, match="SIGSYS") as caught:
         quire.sandbox.run(PRELUDE + "call(0x40000000 | 39)", imports=MODULES)
     assert caught.value.reason == "killed"
+
+
+# What is refused by other doors, should the filter have a hole: not all is, so the filter is needed as well.
+BEHIND_THE_FILTER = {
+    "open a file",
+    "make a file",
+    "list the root",
+    "make a directory",
+    "see a file",
+    "open by an inherited directory",
+    "see by an inherited directory",
+    "use an inherited descriptor",
+    "chroot",
+    "mount",
+    "pivot_root",
+    "its own memory through proc",
+    "proc of the parent",
+    "abstract Unix socket",
+    "ptrace the parent",
+    "pidfd of the parent",
+    "signal the parent",
+    "signal a thread of the parent",
+    "queue a signal",
+    "limits of the parent",
+    "priority of the parent",
+    "execve",
+    "bpf",
+    "load a module",
+    "reboot",
+    "set the clock",
+    "set the host's name",
+    "become root",
+}
+
+
+def test_other_doors_hold_without_the_filter(facts, monkeypatch) -> None:
+    allow_all = struct.pack("<HBBI", 0x06, 0, 0, 0x7FFF0000)  # return SECCOMP_RET_ALLOW
+    monkeypatch.setattr(syscalls, "program", lambda: allow_all)
+    code = script(BEHIND_THE_FILTER, **facts)
+    found = json.loads(quire.sandbox.run(code, imports=MODULES).stdout)
+    assert set(found) == BEHIND_THE_FILTER
+    assert not [name for name, outcome in found.items() if outcome == "succeeded"]
+
+
+def test_landlock_forbids_files() -> None:
+    if not kernel.landlock_abi():
+        pytest.skip("this kernel has no Landlock")
+
+    def work() -> None:
+        kernel.no_new_privileges()
+        kernel.landlock_restrict_all(kernel.landlock_abi())
+        with pytest.raises(PermissionError):
+            os.open("/", os.O_RDONLY)
+
+    run_forked(work)

@@ -81,6 +81,7 @@ def run(
     shown = _inputs(inputs or {})
     _check(limit_bytes, timeout, cpu_seconds, threads, imports)
     source, function = _loaded(code)
+    limits = doors.Limits(limit_bytes, threads, cpu_seconds)
     payload = pickle.dumps(
         {
             "source": source,
@@ -88,14 +89,14 @@ def run(
             "inputs": [(name, dtype, shape) for name, _, dtype, shape in shown],
             "imports": list(imports),
             "sys_path": _sys_path(),
-            "limits": doors.Limits(limit_bytes, threads, cpu_seconds),
+            "limits": limits,
             "exact": exact,
             "group": f"quire-sandbox-{os.getpid()}-{secrets.token_hex(4)}",
             "filter": syscalls.program(),
         }
     )
     with Started(payload) as started:
-        return started.result([snapshot for _, snapshot, _, _ in shown], limit_bytes, timeout)
+        return started.result([snapshot for _, snapshot, _, _ in shown], limits, timeout)
 
 
 def _inputs(inputs: Mapping[str, Given]) -> list[tuple[str, Snapshot, str, tuple[int, ...]]]:

@@ -24,6 +24,8 @@ from quire.snapshot import Snapshot
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from quire.sandbox.doors import Limits
+
 __all__ = ["Started"]
 
 MAX_OUTPUT_BYTES = 64 << 10
@@ -104,7 +106,7 @@ class Started:
         finally:
             self._stack.close()
 
-    def result(self, inputs: Sequence[Snapshot], limit_bytes: int, timeout: float) -> Result:
+    def result(self, inputs: Sequence[Snapshot], limits: Limits, timeout: float) -> Result:
         """Do all that is done with a sandbox."""
         deadline = time.monotonic() + _START_TIMEOUT
         self._begin(inputs, deadline)
@@ -114,12 +116,12 @@ class Started:
             answer = None if body is None else answers.decode(body)
             snapshot = None
             if isinstance(answer, answers.Returned):
-                snapshot = self._returned(answer, limit_bytes, deadline)
+                snapshot = self._returned(answer, limits.memory_bytes, deadline)
         except (Malformed, NotImmutable, Stalled, EOFError, TimeoutError, OSError) as error:
             self._finish()
             raise self._error("answer", f"what the sandbox answered is refused: {error}") from error
         if answer is None:
-            self._fail_without_answer(timeout)
+            self._fail_without_answer(limits, timeout)
         self._finish()
         if isinstance(answer, answers.Raised):
             reason = "memory" if answer.kind == "MemoryError" else "raised"
@@ -230,7 +232,7 @@ class Started:
             raise
         return snapshot
 
-    def _fail_without_answer(self, timeout: float) -> NoReturn:
+    def _fail_without_answer(self, limits: Limits, timeout: float) -> NoReturn:
         """Say why there is none."""
         in_time = self._ended is not None
         self._finish()
@@ -244,8 +246,11 @@ class Started:
             raise self._error(
                 "timeout", f"code in the sandbox did not end within {timeout} s, and was killed"
             )
-        if status == -signal.SIGKILL:
-            raise self._error("cpu", "code in the sandbox was killed; it has used its cpu_seconds")
+        spent = ended.get("cpu_seconds", 0.0)
+        if status == -signal.SIGKILL and limits.cpu_seconds is not None and spent > 0.9 * limits.cpu_seconds:
+            raise self._error(
+                "cpu", f"code in the sandbox took {spent:.1f} s of processor time, and was killed"
+            )
         how = f"by {signal.Signals(-status).name}" if status < 0 else f"with {status}"
         raise self._error("killed", f"code in the sandbox ended {how} and answered nothing")
 
