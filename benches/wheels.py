@@ -43,6 +43,7 @@ SITE = "site-packages"
 UNPACKED = "unpacked to a temporary folder first"
 OURS = "quire"
 FRESH = "quire, code compiled anew"
+EAGER = "quire, shared objects whole in memory"
 WAYS = {
     SITE: "sys.path.insert(0, {site!r})",
     UNPACKED: """
@@ -59,10 +60,13 @@ quire.wheels.enable()
 sys.path[:1] = {wheels!r}
 """,
 }
-WAYS[FRESH] = WAYS[OURS]
+WAYS[FRESH] = WAYS[EAGER] = WAYS[OURS]
+SETTINGS = {FRESH: {"QUIRE_CODE_CACHE": "off"}, EAGER: {"QUIRE_LIBRARIES": "whole"}}
+ROUNDS = 9
 
-# Nothing of this interpreter's own packages is seen. PSS counts a page that n processes map as 1/n; memfds as
-# a whole are beside it, for what of them is not mapped is in memory too.
+# Nothing of this interpreter's own packages is seen. PSS counts a page that n processes map as 1/n. What
+# memory files have that is not mapped is memory too, which PSS does not have. Pages of a private mapping that
+# are anonymous are copies beside the file's.
 PROGRAM = """
 import sys, time
 began = time.perf_counter()
@@ -70,24 +74,46 @@ began = time.perf_counter()
 {call}
 seconds = time.perf_counter() - began
 import json, os
-rollup = dict(line.split(":") for line in open("/proc/self/smaps_rollup").read().splitlines()[1:])
-held = 0
+pss, mapped, inode = 0, {{}}, None
+for line in open("/proc/self/smaps"):
+    first, *rest = line.split()
+    if not first.endswith(":"):
+        inode = int(rest[3]) if rest[4:] and rest[4].startswith("/memfd:") else None
+    elif first == "Pss:":
+        pss += int(rest[0]) * 1024
+    elif first in ("Rss:", "Anonymous:") and inode is not None:
+        mapped[inode] = mapped.get(inode, 0) + int(rest[0]) * (1024 if first == "Rss:" else -1024)
+held = {{}}
 for fd in os.listdir("/proc/self/fd"):
     place = f"/proc/self/fd/{{fd}}"
     if os.path.exists(place) and os.readlink(place).startswith("/memfd:"):
-        held += os.stat(place).st_blocks * 512
-pss = int(rollup["Pss"].split()[0]) * 1024
-print(json.dumps({{"seconds": seconds, "pss": pss, "memfds": held}}), flush=True)
+        held[os.stat(place).st_ino] = os.stat(place).st_blocks * 512
+unmapped = sum(max(0, size - mapped.get(inode, 0)) for inode, size in held.items())
+objects = sys.modules["quire.wheels"].stats().values() if "quire.wheels" in sys.modules else ()
+size = sum(each.size_bytes for each in objects)
+missing = sum(each.lazy_bytes - each.filled_bytes for each in objects)
+print(json.dumps({{"seconds": seconds, "pss": pss, "unmapped": unmapped, "size": size, "missing": missing}}),
+      flush=True)
 os._exit(0)
 """
 
 
 class Figures(NamedTuple):
-    """Of one process: seconds, and bytes of memory when the call had returned."""
+    """Of one process: seconds, and bytes of memory when the call had returned.
+
+    Attributes:
+        seconds: From before the path was made until then.
+        pss: Proportional set size.
+        unmapped: Of its memory files, what it has not mapped.
+        size: Length of the shared objects that quire loaded.
+        missing: What of them was not in memory.
+    """
 
     seconds: float
     pss: int
-    memfds: int
+    unmapped: int
+    size: int
+    missing: int
 
 
 def _once(way: str, package: Package, wheels: list[str], site: str, cache: str) -> Figures:
@@ -96,7 +122,7 @@ def _once(way: str, package: Package, wheels: list[str], site: str, cache: str) 
         before = WAYS[way].format(site=site, wheels=wheels, folder=folder, home=home)
         done = subprocess.run(
             [sys.executable, "-I", "-S", "-c", PROGRAM.format(way=before, call=package.call)],
-            env=os.environ | {"QUIRE_CODE_CACHE": "off" if way == FRESH else cache},
+            env=os.environ | {"QUIRE_CODE_CACHE": cache, "QUIRE_LIBRARIES": ""} | SETTINGS.get(way, {}),
             stdout=subprocess.PIPE,
             check=True,
             text=True,
@@ -127,7 +153,7 @@ def _row(plan: Plan, package: Package, wheels: list[str], site: str, cache: str,
         f"A new interpreter, from before the path is made to after `{package.call}`, with {names} from there."
         " In site-packages, as pip makes it, everything is compiled. What is unpacked is not, and is removed"
         " off the clock. quire keeps compiled code in the user's cache folder: kept by the round that is not"
-        " counted, or, in the last peer, not at all."
+        f" counted, or, in {FRESH!r}, not at all. {EAGER!r} is QUIRE_LIBRARIES=whole."
     )
     if cold:
         what += (
@@ -137,28 +163,32 @@ def _row(plan: Plan, package: Package, wheels: list[str], site: str, cache: str,
     row = Row(
         f"Import {package.name} and call it, {state} page cache",
         what,
-        bounds="shared objects are decompressed whole, and executing the modules takes the rest",
+        bounds="modules are executed and objects linked, wherever they are from; beside that, what the"
+        " dynamic linker reads of each object is decompressed at once, and the rest when it is touched, with"
+        " what the stream has between",
     )
-    row.peers = [Peer(SITE, []), Peer(UNPACKED, [], GOAL), Peer(FRESH, [])]
-    pss: dict[str, list[float]] = {}
-    held: list[float] = []
-    for number in range((2 if plan.quick else 9) + 1):
+    row.peers = [Peer(SITE, []), Peer(UNPACKED, [], GOAL), Peer(FRESH, []), Peer(EAGER, [])]
+    memory: dict[str, list[float]] = {way: [] for way in WAYS}
+    filled: list[float] = []
+    for number in range((2 if plan.quick else ROUNDS) + 1):
         for way in WAYS:
             if cold:
                 _evict(site, cache, *wheels)
             figures = _once(way, package, wheels, site, cache)
             if not number:
                 continue
-            pss.setdefault(way, []).append(figures.pss)
+            memory[way].append(figures.pss + figures.unmapped)
             if way == OURS:
                 row.ours.append([figures.seconds])
-                held.append(figures.memfds)
+                filled.append(1 - figures.missing / figures.size)
             else:
                 next(peer for peer in row.peers if peer.name == way).seconds.append(figures.seconds)
-    sizes = "; ".join(f"{way}: {Spread.of(sample).median / MIB:.1f} MiB" for way, sample in pss.items())
+    sizes = "; ".join(f"{way}: {Spread.of(sample).median / MIB:.1f} MiB" for way, sample in memory.items())
     row.notes.append(
-        f"Proportional set size of the process afterwards, medians: {sizes}. Memory files of quire, mapped or"
-        f" not: {Spread.of(held).median / MIB:.1f} MiB."
+        "Memory of the process afterwards, medians: its proportional set size and what of its memory files it"
+        f" has not mapped. {sizes}. Pages of other files that it has not mapped are the page cache's, and not"
+        f" counted. Of the {figures.size / MIB:.1f} MiB of shared objects that were loaded,"
+        f" {Spread.of(filled).median:.0%} were in memory in quire."
     )
     return row
 

@@ -18,6 +18,8 @@ from typing import NamedTuple
 
 from wheelhouse import fetch, find
 
+from quire.wheels.requirements import Unresolvable, resolve
+
 ROOT = Path(__file__).resolve().parent.parent
 WHEELHOUSE = ROOT / "target" / f"wheels-{sys.implementation.cache_tag}"
 BEGIN, END = "<!-- tried: begin -->\n", "<!-- tried: end -->\n"
@@ -199,10 +201,18 @@ def sources(project: str, version: str, folder: Path) -> Path:
     return place / stem
 
 
+def complete(folder: Path, wanted: list[str]) -> bool:
+    """Tell whether a folder has wheels of projects and of all that they need."""
+    try:
+        return bool(folder.is_dir() and resolve(wanted, str(folder)))
+    except Unresolvable:
+        return False
+
+
 def attempt(trial: Trial, folder: Path) -> tuple[list[str], bool]:
     """Try a project. Returns a line of the table, and whether it is as known."""
     wanted = [trial.project, *trial.more]
-    if failure := fetch(folder, wanted, with_dependencies=True):
+    if not complete(folder, wanted) and (failure := fetch(folder, wanted, with_dependencies=True)):
         return [trial.project, "", trial.title, f"not to be had: {failure.splitlines()[-1]}"], False
     wheel = find(folder, trial.project)
     assert wheel is not None

@@ -19,9 +19,19 @@ def find(folder: Path, name: str) -> Path | None:
 
 
 def fetch(folder: Path, names: list[str], *, with_dependencies: bool = False) -> str:
-    """Download what is missing to a folder. Returns what pip said if it failed, else an empty string."""
+    """Download what is missing to a folder.
+
+    Args:
+        folder: Made if need be.
+        names: Of projects.
+        with_dependencies: Look for what they need, too, even if all of them are there.
+
+    Returns:
+        What pip said if it failed, else an empty string.
+    """
     folder.mkdir(parents=True, exist_ok=True)
-    missing = [name for name in names if find(folder, name) is None]
+    wheels = {name: find(folder, name) for name in names}
+    missing = [str(wheel or name) for name, wheel in wheels.items() if with_dependencies or wheel is None]
     if not missing:
         return ""
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--only-binary=:all:"]

@@ -18,7 +18,16 @@ from quire.errors import Malformed, PageError, QuireError
 if TYPE_CHECKING:
     from collections.abc import Hashable, Iterator, Sequence
 
-__all__ = ["WHOLE_OVERRIDE", "WINDOW_BYTES", "Archive", "LinkError", "Linked", "link"]
+__all__ = [
+    "WHOLE_OVERRIDE",
+    "WINDOW_BYTES",
+    "Archive",
+    "LibraryStats",
+    "LinkError",
+    "Linked",
+    "all_linked",
+    "link",
+]
 
 WHOLE_OVERRIDE = "QUIRE_LIBRARIES"
 """Set to ``whole``, this environment variable has objects loaded whole: for debuggers that read the file."""
@@ -56,15 +65,42 @@ class LinkError(OSError):
         self.path = name
 
 
+# A tuple, for dataclasses take longer to import than all that importing from wheels needs.
+class LibraryStats(NamedTuple):
+    """How much of a library is in memory, and what was done for it in this process."""
+
+    whole: str
+    """Why all of it was loaded at once; empty if its code is filled in when it is touched."""
+    size_bytes: int
+    """Length of the file."""
+    lazy_bytes: int
+    """What of the file is filled when it is touched: code and constants, less what linking needs."""
+    filled_bytes: int
+    """How much of that is in memory."""
+    faults: int
+    """Touches of missing pages that were served."""
+    refills: int
+    """Windows that were filled again after they had been taken."""
+    evictions: int
+    """Windows that were taken because memory was short."""
+
+
 class Linked:
     """An object that is loaded, and those that were loaded for it. Made by ``link`` only."""
 
-    def __init__(self, native: _native.Library, needs: list[Linked]) -> None:
+    def __init__(self, name: str, native: _native.Library, needs: list[Linked]) -> None:
+        self.name = name
+        """Path of the archive with the member's name behind it."""
         self.native = native
         self.path = native.path
         """The name by which the dynamic linker knows it; to open it again counts a reference there."""
         self._needs = needs
         self._users = 0
+
+    @property
+    def stats(self) -> LibraryStats:
+        """Figures of now."""
+        return LibraryStats(*self.native.share())
 
     def _retain(self) -> Linked:
         self._users += 1
@@ -130,6 +166,12 @@ def link(archive: Archive, member: str, mode: int = os.RTLD_NOW, *, whole: str |
         return _link(archive, member, mode, whole, None)
 
 
+def all_linked() -> list[Linked]:
+    """List what is loaded, in the order in which loading it was finished. Waits while others are loaded."""
+    with _lock:
+        return list(dict.fromkeys(_objects.values()))
+
+
 def _link(archive: Archive, member: str, mode: int, whole: str | None, parent: _Needed | None) -> Linked:
     key = archive.identity, member
     linked = _objects.get(key)
@@ -154,7 +196,7 @@ def _link(archive: Archive, member: str, mode: int, whole: str | None, parent: _
             text = str(error).replace(native.path, name)
             raise LinkError(name, f"{_wanted(parent)} cannot be loaded: {text}") from error
         raise
-    linked = _objects[key] = Linked(native, needs)
+    linked = _objects[key] = Linked(name, native, needs)
     return linked._retain()
 
 

@@ -5,14 +5,13 @@ from __future__ import annotations
 import ctypes
 import itertools
 import os
-from dataclasses import dataclass
 from typing import IO, TYPE_CHECKING, Self
 
 from quire import _native
 from quire.errors import PageError
 from quire.image import fatelf
 from quire.image.content import as_source
-from quire.linking import Linked, link
+from quire.linking import LibraryStats, Linked, link
 from quire.sources import FileSource, open_archive, split_archive, zip_member
 
 if TYPE_CHECKING:
@@ -25,29 +24,9 @@ if TYPE_CHECKING:
     from quire.snapshot import Snapshot
     from quire.sources import Source
 
-__all__ = ["Library", "LibraryStats", "load"]
+__all__ = ["Library", "load"]
 
 _numbers = itertools.count()
-
-
-@dataclass(frozen=True, slots=True)
-class LibraryStats:
-    """How much of a library is in memory, and what was done for it in this process."""
-
-    whole: str
-    """Why all of it was loaded at once; empty if its code is filled in when it is touched."""
-    size_bytes: int
-    """Length of the file."""
-    lazy_bytes: int
-    """What of the file is filled when it is touched: code and constants, less what linking needs."""
-    filled_bytes: int
-    """How much of that is in memory."""
-    faults: int
-    """Touches of missing pages that were served."""
-    refills: int
-    """Windows that were filled again after they had been taken."""
-    evictions: int
-    """Windows that were taken because memory was short."""
 
 
 class Library(ctypes.CDLL):
@@ -72,7 +51,7 @@ class Library(ctypes.CDLL):
         """Figures of now."""
         if self._linked is None:
             return LibraryStats(self._whole, self._size, 0, 0, 0, 0, 0)
-        return LibraryStats(*self._linked.native.share())
+        return self._linked.stats
 
     def fill(self) -> None:
         """Fill all that is missing. Blocks. Raises PageError if it cannot be had."""

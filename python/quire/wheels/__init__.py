@@ -9,9 +9,9 @@
     sys.path.insert(0, "numpy-2.4.6-cp311-cp311-manylinux_2_28_x86_64.whl")
     import numpy
 
-What is pure Python is left to the standard `zipimport`. A shared object is copied whole to a sealed memfd,
-after those that it needs and that the wheel has, and loaded from there. ``docs/wheels.md`` tells what works
-and what does not.
+A shared object is laid out in a memory file, after those that it needs and that the wheel has, and linked
+from there; its code is decompressed when it is first touched. ``docs/wheels.md`` tells what works and what
+does not.
 """
 
 # What enable() needs takes longer to import than all of quire; importing this module should not.
@@ -21,8 +21,12 @@ import sys
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from os import PathLike
+from typing import TYPE_CHECKING
 
-__all__ = ["Entry", "as_file", "disable", "enable"]
+if TYPE_CHECKING:
+    from quire.linking import LibraryStats
+
+__all__ = ["Entry", "as_file", "disable", "enable", "stats"]
 
 
 def enable(*, paths: bool = True) -> None:
@@ -97,3 +101,17 @@ def as_file(path: str | PathLike[str]) -> AbstractContextManager[str]:
     from quire.wheels import paths
 
     return paths.as_file(path)
+
+
+def stats() -> "dict[str, LibraryStats]":
+    """Tell how much of each shared object that this process loaded from archives is in memory.
+
+    Those of `quire.image.load`, too. Waits while one is loaded.
+
+    Returns:
+        By the path of the archive with the member's name behind it, in the order of loading. If two archives
+        were at that path one after the other, the later one's.
+    """
+    from quire.linking import all_linked
+
+    return {each.name: each.stats for each in all_linked()}
