@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import os
 import select
+import signal
 import subprocess
 import sys
 import threading
@@ -47,6 +48,8 @@ class Inside:
         return asyncio.run_coroutine_threadsafe(call(), self.loop).result(10)
 
     def audit(self) -> list[str]:
+        # Memory that is ending is charged until its pages are free.
+        self.wait(lambda world: not any(held.dead for held in world.objects.values()))
         return self.do(self.server.world.audit)
 
     def wait(self, condition: Callable[[Any], bool], seconds: float = 10.0) -> None:
@@ -166,6 +169,11 @@ while True:
     def __call__(self, text: str) -> Any:
         self.begin(text)
         return self.end()
+
+    def stop(self) -> None:
+        """Stop it, and wait until every thread of it has stopped."""
+        os.kill(self.pid, signal.SIGSTOP)
+        os.waitid(os.P_PID, self.pid, os.WSTOPPED | os.WNOWAIT)
 
     def close(self) -> None:
         self.process.kill()

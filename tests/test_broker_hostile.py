@@ -1,6 +1,7 @@
 """Clients that do what they should not. Others are served on, and nothing is lost or leaked."""
 
 import array
+import asyncio
 import contextlib
 import os
 import pathlib
@@ -8,6 +9,7 @@ import resource
 import signal
 import socket
 import threading
+import time
 import typing
 
 import pytest
@@ -15,7 +17,7 @@ from brokers import Inside, children, inside, until
 from support import PAGE, descriptor_count
 
 import quire
-from quire.broker import protocol
+from quire.broker import protocol, turns
 from quire.broker.protocol import Rights
 
 MIB = 1 << 20
@@ -276,6 +278,95 @@ def test_a_flood_is_read_slowly_and_others_are_served(tmp_path: pathlib.Path) ->
             raw.sock.close()
 
 
+class Scripted:
+    """A connection with so many frames, each of which takes so long."""
+
+    def __init__(self, uid: int, frames: int, seconds: float, order: list[int]) -> None:
+        self.uid, self.frames, self.seconds, self.order = uid, frames, seconds, order
+
+    def serve_one(self) -> bool:
+        if not self.frames:
+            return False
+        self.frames -= 1
+        self.order.append(self.uid)
+        end = time.monotonic() + self.seconds
+        while time.monotonic() < end:
+            pass
+        return self.frames > 0
+
+
+def test_users_take_turns_however_many_connections_they_have() -> None:
+    """A user waits for one turn of each other user, not for all that those have sent."""
+    order: list[int] = []
+
+    async def run() -> None:
+        all_turns = turns.Turns()
+        many = [Scripted(1, 5, 2 * turns._USER_SECONDS, order) for _ in range(20)]
+        for each in many:
+            all_turns.join(each)
+        few = Scripted(2, 3, 2 * turns._USER_SECONDS, order)
+        all_turns.join(few)
+        assert all_turns.waits(few)
+        while few.frames or any(each.frames for each in many):
+            await asyncio.sleep(0)
+        assert not all_turns.waits(few)
+
+    asyncio.run(run())
+    assert order == [1, 2] * 3 + [1] * 97
+
+
+def test_a_lease_is_not_cut_into_crumbs(broker, owner) -> None:
+    """Each part stands in the journal with every change: a loop over every other page would be quadratic."""
+    handle, _ = owner.memory(1024 * PAGE)
+    owner.publish(handle, "memory")
+    raw = Raw(broker.path)
+    opened = raw.ask(protocol.Open(2, "memory"))
+    lease = raw.ask(protocol.Lease(3, opened.handle, 0, 1024 * PAGE)).lease
+    given = [
+        type(raw.ask(protocol.Release(4 + page, lease, page * PAGE, PAGE))) for page in range(1, 1023, 2)
+    ]
+    assert given == [protocol.Done] * 127 + [protocol.Fault] * 384
+    assert len(broker.do(lambda: broker.server.world.leases[lease].spans)) == 128
+    # All of it can be given back all the same.
+    assert isinstance(raw.ask(protocol.Release(2000, lease, 0, protocol.WHOLE)), protocol.Done)
+    assert broker.do(lambda: lease not in broker.server.world.leases)
+
+
+def test_a_lender_does_not_cut_leases_into_crumbs(broker, owner) -> None:
+    handle, _ = owner.memory(1024 * PAGE)
+    owner.publish(handle, "memory")
+    with children(broker.path, 1) as (child,):
+        child("l = c.lease(c.open('memory'))")
+        for page in range(1, 511, 2):
+            owner.revoke(handle, page * PAGE, PAGE, deadline_ms=5000)
+        with pytest.raises(quire.QuotaExceeded, match="larger range"):
+            owner.revoke(handle, 513 * PAGE, PAGE, deadline_ms=5000)
+        assert child("len(l.held)") == 256
+        (outcome,) = owner.revoke(handle, deadline_ms=5000).outcomes
+        assert outcome.result == "released"
+        assert child("l.held") == []
+
+
+def test_who_leaves_thousands_of_objects_lets_others_be_served_meanwhile(broker, owner) -> None:
+    """An end is not one long step: between two parts of it others have their turn."""
+    with quire.connect(broker.path) as leaving:
+        for _ in range(1000):
+            leaving.make_factory()
+        session = leaving.number
+        seen: list[int] = []
+
+        def look() -> None:
+            held = broker.server.world.sessions.get(session)
+            seen.append(len(held.grips) if held is not None else 0)
+            if seen[-1]:
+                broker.loop.call_soon(look)
+
+        broker.do(look)
+    broker.wait(lambda world: session not in world.sessions)
+    assert len({each for each in seen if 0 < each < 1001}) > 10, seen[-10:]
+    owner.ping()
+
+
 def test_mapping_and_unmapping_in_a_loop_disturbs_nobody(broker, owner) -> None:
     """The attack that physmem could not answer: others keep every page, and see no fault."""
     handle, _ = owner.memory(4 * MIB)
@@ -310,7 +401,7 @@ def test_who_does_not_read_is_cut_off_and_holds_no_descriptors(broker, owner) ->
     # The process lives, so what it was lent stays entered until it ends.
     broker.wait(lambda world: world.sessions[session].port is None)
     broker.do(lambda: broker.server._ended(broker.server.world.sessions[session]))
-    assert broker.do(lambda: len(broker.server.world.leases)) == 1
+    broker.wait(lambda world: len(world.leases) == 1)
     until(lambda: descriptor_count() <= before + 2)
 
 
@@ -320,7 +411,7 @@ def test_acknowledging_what_was_not_asked(broker, owner) -> None:
     owner.publish(handle, "memory")
     with children(broker.path, 1) as (child,):
         child("l = c.lease(c.open('memory'))")
-        os.kill(child.pid, signal.SIGSTOP)
+        child.stop()
         for serial in range(50):
             raw.send(protocol.Acknowledge(serial))
         raw.ask(protocol.Ping(3))
@@ -370,7 +461,7 @@ def test_a_stopped_client_costs_others_nothing(broker, owner) -> None:
         child("f = c.make_factory(); c.publish(f, 'factory')")
         factory = owner.open("factory")
         owner.subscribe(factory, lambda _version: None)
-        os.kill(child.pid, signal.SIGSTOP)
+        child.stop()
         for _ in range(100):
             owner.ping()
         os.kill(child.pid, signal.SIGCONT)

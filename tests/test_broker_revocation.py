@@ -153,7 +153,7 @@ def test_a_stopped_client_is_cut_off(broker, owner, memory) -> None:
     handle, lease = memory
     with children(broker.path, 2) as (stopped, other):
         number, _ = borrow(stopped), borrow(other)
-        os.kill(stopped.pid, signal.SIGSTOP)
+        stopped.stop()
         taken = owner.revoke(handle, client=number, deadline_ms=20)
         assert outcomes(taken) == {number: "cut"}
         assert "did not answer" in taken.outcomes[0].why
@@ -205,7 +205,7 @@ def test_a_stopped_client_learns_that_memory_was_destroyed(broker, owner, memory
     handle, _ = memory
     with children(broker.path, 1) as (stopped,):
         borrow(stopped)
-        os.kill(stopped.pid, signal.SIGSTOP)
+        stopped.stop()
         taken = owner.destroy(handle, deadline_ms=20)
         assert "cut" in outcomes(taken).values()
         assert taken.freed_bytes == SIZE

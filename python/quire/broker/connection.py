@@ -25,13 +25,13 @@ if TYPE_CHECKING:
 
     from quire.broker.protocol import ClientMessage
     from quire.broker.sessions import Session
+    from quire.broker.turns import Turns
 
 __all__ = ["Connection", "Limits", "discard"]
 
 _INT_BYTES = array.array("i").itemsize
 _ANCILLARY_BYTES = socket.CMSG_SPACE(253 * _INT_BYTES) + 256
 _READ_BYTES = 1 << 16
-_FRAMES_AT_ONCE = 16
 _MAX_UNSENT_BYTES = 4 << 20
 _MAX_UNREAD_DESCRIPTORS = 128
 _RETRY_SECONDS = 0.005
@@ -101,6 +101,7 @@ class Connection(Port):
         self,
         sock: socket.socket,
         limits: Limits,
+        turns: Turns,
         serve: Callable[[Connection, ClientMessage, list[int]], None],
         closed: Callable[[Connection], None],
     ) -> None:
@@ -109,6 +110,7 @@ class Connection(Port):
         Args:
             sock: Accepted; non-blocking from now on.
             limits: What the client may do.
+            turns: Decides when a frame of it is served.
             serve: Is given each message, with descriptors that are its own from then on.
             closed: Is told once, when the connection is gone.
 
@@ -117,6 +119,7 @@ class Connection(Port):
         """
         self._sock = sock
         self._limits = limits
+        self._turns = turns
         self._serve = serve
         self._closed_callback = closed
         self._loop = asyncio.get_running_loop()
@@ -178,6 +181,10 @@ class Connection(Port):
             self._loop.remove_reader(self._sock)
 
     def _readable(self) -> None:
+        if self._turns.waits(self):
+            # What has come is served before more is read.
+            self._read_no_more()
+            return
         try:
             data, ancillary, flags, _ = self._sock.recvmsg(
                 _READ_BYTES, _ANCILLARY_BYTES, socket.MSG_CMSG_CLOEXEC
@@ -200,13 +207,19 @@ class Connection(Port):
             self.work()
 
     def work(self) -> None:
-        """Serve frames that have come, as many as the client's limits and the others' turn allow."""
-        if self.closed:
-            return
-        self._paused = False
-        count = 0
+        """Have the frames that have come served, when it is this connection's turn."""
+        if not self.closed:
+            self._paused = False
+            self._turns.join(self)
+
+    def serve_one(self) -> bool:
+        """Serve one frame that has come, if the client's limits allow; False if none is left for now."""
+        if self.closed or self._paused:
+            return False
         try:
-            for payload, descriptors in self._frames.frames():
+            frame = next(self._frames.frames(), None)
+            if frame is not None:
+                payload, descriptors = frame
                 self._expect_nothing()
                 try:
                     message = decode_request(payload)
@@ -214,28 +227,29 @@ class Connection(Port):
                     discard(descriptors)
                     raise
                 self._serve(self, message, descriptors)
-                count += 1
-                if self._gone():
-                    return
-                wait = self._wait_seconds()
-                if self.outstanding >= MAX_OUTSTANDING:
-                    # Whoever answers calls this again.
-                    self._pause()
-                    return
-                if wait > 0:
-                    self._pause()
-                    self._loop.call_later(wait, self.work)
-                    return
-                if count >= _FRAMES_AT_ONCE:
-                    self._pause()
-                    self._loop.call_soon(self.work)
-                    return
         except Malformed as error:
             self.drop(str(error))
-            return
-        if self._frames.partial:
-            self._expect()
+            return False
+        if self._gone():
+            return False
+        if frame is None:
+            if self._frames.partial:
+                self._expect()
+            self._read_on()
+            return False
+        wait = self._wait_seconds()
+        if self.outstanding >= MAX_OUTSTANDING:
+            # Whoever answers calls `work` again.
+            self._pause()
+            return False
+        if wait > 0:
+            self._pause()
+            self._loop.call_later(wait, self.work)
+            return False
+        if self._frames.partial or self._frames.descriptors:
+            return True
         self._read_on()
+        return False
 
     def _gone(self) -> bool:
         """Whether serving a message has closed the connection."""

@@ -8,7 +8,10 @@ if TYPE_CHECKING:
     from quire.broker.objects import Extent, Memory
     from quire.broker.sessions import Session
 
-__all__ = ["Lease"]
+__all__ = ["MAX_PARTS", "Lease"]
+
+# Each change of a lease writes all of its parts to the journal.
+MAX_PARTS = 256
 
 
 class Lease:
@@ -37,9 +40,9 @@ class Lease:
         self._enter()
 
     def _enter(self) -> None:
-        self.memory.leases.add(self)
+        self.memory.leases[self] = None
         for extent in self.extents():
-            extent.leases.add(self)
+            extent.leases[self] = None
 
     def extents(self) -> list[Extent]:
         """The extents that it still touches, in order."""
@@ -50,6 +53,10 @@ class Lease:
         """The parts of it that lie within a range."""
         return [(max(a, start), min(b, stop)) for a, b in self.spans if a < stop and start < b]
 
+    def splits(self, start: int, stop: int) -> bool:
+        """Whether taking a range out would leave more parts than before."""
+        return any(a < start and stop < b for a, b in self.spans)
+
     def cut(self, start: int, stop: int) -> None:
         """Take a range out of it; at the end nothing may be left."""
         before = set(self.extents())
@@ -57,6 +64,6 @@ class Lease:
         kept += [(max(a, stop), b) for a, b in self.spans if b > stop]
         self.spans = sorted(kept)
         for extent in before - set(self.extents()):
-            extent.leases.discard(self)
+            extent.leases.pop(self, None)
         if not self.spans:
-            self.memory.leases.discard(self)
+            self.memory.leases.pop(self, None)

@@ -53,6 +53,10 @@ class Held:
         self.bank = bank
         self.references = 0
         self.dead = False
+        # Names and tokens that stand for it, and factories of which it is the current version.
+        self.names: set[str] = set()
+        self.tokens: dict[Held, None] = {}
+        self.shown_by: dict[Held, None] = {}
 
 
 def extent_size(size_bytes: int, wanted_bytes: int) -> int:
@@ -129,7 +133,8 @@ class Extent:
         self.serial = serial
         self.descriptor = descriptor
         self.generation = 0
-        self.leases: set[Lease] = set()
+        # In the order in which they were made.
+        self.leases: dict[Lease, None] = {}
 
     @property
     def start(self) -> int:
@@ -199,7 +204,8 @@ class Memory(Held):
         self.extent_bytes = extent_bytes
         self.sealed = False
         self.extents: list[Extent] = []
-        self.leases: set[Lease] = set()
+        # In the order in which they were made.
+        self.leases: dict[Lease, None] = {}
 
     @property
     def padded_bytes(self) -> int:

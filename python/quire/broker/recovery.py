@@ -78,7 +78,7 @@ def restore(world: World, found: dict[str, int]) -> dict[Extent, tuple[int, str]
     for factory, current in factories:
         snapshot = world.objects.get(current)
         if isinstance(snapshot, SnapshotObject):
-            factory.current = snapshot
+            world.show(factory, snapshot)
             world.refer(snapshot)
     moving = _extents(world, take)
     _sessions(world, take)
@@ -86,8 +86,7 @@ def restore(world: World, found: dict[str, int]) -> dict[Extent, tuple[int, str]
         target = _target(world, kind, number)
         assert target is not None, f"the name {name!r} stands for nothing"
         entry = Name(target, Rights(rights), users, owner)
-        world.names[name] = entry
-        world.refer(entry.target)
+        world.enter_name(name, entry)
     for key, (number, rights) in _each(entries, "t"):
         held = world.objects[number]
         held.bank.charge(Amount(0, 1, 1))

@@ -7,6 +7,7 @@ extent 5 for reading and for writing, ``y7`` is layer 7, ``t9`` the token 9.
 from __future__ import annotations
 
 import asyncio
+import itertools
 import os
 from typing import TYPE_CHECKING, TypeAlias, cast
 
@@ -15,6 +16,7 @@ from quire.broker import objects, protocol
 from quire.broker.banks import Amount, Bank
 from quire.broker.connection import discard
 from quire.broker.crashpoints import crash_point
+from quire.broker.leases import MAX_PARTS
 from quire.broker.objects import Factory, Held, Memory, SnapshotObject
 from quire.broker.protocol import ALL_RIGHTS, Rights
 from quire.broker.world import Name
@@ -37,6 +39,8 @@ __all__ = ["Requests"]
 PAGE = _native.PAGE_SIZE
 _INLINE_BYTES = 256 << 10
 _MAX_HOLDERS = 500
+# Half of what a lender may make of it, so that a lessee cannot keep parts from being taken back.
+_MAX_GIVEN_PARTS = MAX_PARTS // 2
 
 
 class Requests:
@@ -102,9 +106,8 @@ class Requests:
     def _ping(self, _session: Session, message: protocol.Ping) -> Answer:
         return protocol.Done(message.id), []
 
-    def _bye(self, session: Session, message: protocol.Bye) -> Answer:
-        for handle in list(session.grips):
-            self._world.close_handle(session, handle)
+    async def _bye(self, session: Session, message: protocol.Bye) -> Answer:
+        await self._world.close_handles(session)
         return protocol.Done(message.id), []
 
     def _describe(self, session: Session, message: protocol.Describe) -> Answer:
@@ -251,12 +254,18 @@ class Requests:
             stop = lease.memory.padded_bytes if whole else message.offset + message.length
             if message.offset % PAGE or stop % PAGE:
                 raise ValueError("a lease is given back by pages")
+            if lease.splits(message.offset, stop) and len(lease.spans) >= _MAX_GIVEN_PARTS:
+                raise QuotaExceeded(
+                    f"a lease has {_MAX_GIVEN_PARTS} parts at most: give back from an end of one"
+                )
             self._world.cut_lease(lease, message.offset, stop)
         # One that was revoked at the same moment is gone, which is what was wanted.
         return protocol.Done(message.id), []
 
     def _holders(self, session: Session, message: protocol.Holders) -> Answer:
         memory = self._memory(session, message.handle, Rights.LEND)
+        # A look at all of many thousands would keep others waiting.
+        shown = list(itertools.islice(memory.leases, _MAX_HOLDERS))
         found = [
             protocol.Holder(
                 lease.session.number,
@@ -267,10 +276,10 @@ class Requests:
                 lease.write,
                 lease.session.port is not None,
             )
-            for lease in sorted(memory.leases, key=lambda lease: lease.number)
+            for lease in shown
             for start, stop in lease.spans
         ]
-        more = max(0, len(found) - _MAX_HOLDERS)
+        more = max(0, len(found) - _MAX_HOLDERS) + len(memory.leases) - len(shown)
         return protocol.HolderList(message.id, found[:_MAX_HOLDERS], more), []
 
     async def _revoke(self, session: Session, message: protocol.Revoke) -> Answer:
@@ -280,7 +289,9 @@ class Requests:
             chosen = self._world.sessions.get(message.client)
             sessions = [chosen] if chosen is not None else []
         else:
-            sessions = [each for each in self._world.sessions.values() if each is not session]
+            sessions = list(
+                dict.fromkeys(each.session for each in memory.leases if each.session is not session)
+            )
         reply = await self._revoker.revoke(
             memory,
             start,

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 from quire.broker import objects
 from quire.broker.crashpoints import crash_point
 from quire.broker.inspection import holding
+from quire.broker.leases import MAX_PARTS
 from quire.broker.protocol import (
     CutEvent,
     HoldEvent,
@@ -191,6 +192,12 @@ class Revoker:
                     ]
                 )
             }
+            if any(
+                lease.splits(start, stop) and len(lease.spans) >= MAX_PARTS
+                for leases in targets.values()
+                for lease in leases
+            ):
+                raise QuotaExceeded(f"a lease has {MAX_PARTS} parts at most: take a larger range back")
             failed = await self._request(targets, start, stop, deadline_ms)
             unseen = await self._check(memory, targets, failed, start, stop)
             outcomes = []
@@ -255,6 +262,11 @@ class Revoker:
         """
         unseen = {}
         touched = [memory.extents[index] for index in memory.within(start, stop)]
+        asked = {lease for leases in targets.values() for lease in leases}
+        kept_by_process: dict[int, list[Lease]] = {}
+        for lease in memory.leases:
+            if lease not in asked:
+                kept_by_process.setdefault(lease.session.pid, []).append(lease)
         for session in targets:
             if session in failed:
                 continue
@@ -262,14 +274,13 @@ class Revoker:
                 unseen[session] = "its process could not be identified"
                 continue
             # Other connections of the same process may keep what they have.
-            keeps = [lease for lease in memory.leases if lease.session.pid == session.pid]
+            keeps = kept_by_process.get(session.pid, ())
             ranges = {}
             for extent in touched:
                 begin, end = extent.start, extent.start + extent.length
                 gone = [(max(begin, start), min(end, stop))]
                 for lease in keeps:
-                    if not any(lease in targets[each] for each in targets):
-                        gone = [rest for part in gone for rest in _without(part, lease.spans)]
+                    gone = [rest for part in gone for rest in _without(part, lease.spans)]
                 ranges[extent.identity()] = [(a - begin, b - begin) for a, b in gone]
             found = await asyncio.to_thread(holding, session.pid, session.pidfd, ranges)
             if not found.seen:
@@ -398,7 +409,7 @@ class Revoker:
                 )
             except NotImmutable:
                 damaged = True
-        os.ftruncate(old, 0)
+        await asyncio.to_thread(os.ftruncate, old, 0)
         crash_point("move:truncated")
         os.close(old)
         self._world.drop_move(extent, old_key)
@@ -452,6 +463,10 @@ class Revoker:
                 if lease.session in failed and lease.session.port is not None:
                     for start, stop in lease.spans:
                         lease.session.port.post(CutEvent(lease.number, start, stop - start), [])
+            # Giving pages back takes milliseconds. What is sealed against it is for free_memory to deal with.
+            for extent in memory.extents:
+                with contextlib.suppress(PermissionError):
+                    await asyncio.to_thread(os.ftruncate, extent.descriptor, 0)
             freed = self._world.free_memory(memory)
             self._world.commit()
             crash_point("reclaim:freed")

@@ -11,6 +11,7 @@ import resource
 import signal
 import socket
 import stat
+import sys
 from collections import deque
 from typing import TYPE_CHECKING, Any
 
@@ -26,6 +27,7 @@ from quire.broker.recovery import restore
 from quire.broker.requests import Requests
 from quire.broker.revocation import Revoker
 from quire.broker.sessions import digest
+from quire.broker.turns import Turns
 from quire.broker.world import World
 from quire.errors import Malformed, NotImmutable, QuotaExceeded, Revoked, Unsupported
 
@@ -44,6 +46,8 @@ _log = logging.getLogger("quire.broker")
 _REPLIES = 2 * protocol.MAX_OUTSTANDING
 _FOR_CONNECTIONS = 1024
 _ACCEPT_AGAIN_SECONDS = 0.1
+_ACCEPT_AT_ONCE = 2
+_SWITCH_SECONDS = 0.0002
 
 _FAULTS: list[tuple[type[BaseException], str]] = [
     (QuotaExceeded, "quota"),
@@ -111,6 +115,7 @@ class Server:
             connections=config.connections,
             frame_seconds=config.frame_seconds,
         )
+        self._turns = Turns()
         self._connections: set[Connection] = set()
         self._queues: dict[Connection, deque[tuple[protocol.Request, list[int]]]] = {}
         self._busy: set[Connection] = set()
@@ -185,7 +190,7 @@ class Server:
         task.add_done_callback(done)
 
     def _accept(self) -> None:
-        for _ in range(16):
+        for _ in range(_ACCEPT_AT_ONCE):
             try:
                 sock, _ = self._listener.accept()
             except BlockingIOError:
@@ -203,7 +208,7 @@ class Server:
 
     def _welcome(self, sock: socket.socket) -> None:
         try:
-            connection = Connection(sock, self._limits, self._serve, self._closed)
+            connection = Connection(sock, self._limits, self._turns, self._serve, self._closed)
         except OSError:
             sock.close()
             return
@@ -255,20 +260,27 @@ class Server:
         """The process of a client without a connection has ended: nothing is left of it."""
         self._forget_pidfd(session)
         if session.port is None and session.number in self.world.sessions:
-            self.world.drop_session(session)
-            self.world.commit()
-            self._came_back.set()
+            self._spawn(self._wind_up(session))
 
     def _expire(self, session: Session) -> None:
         """The time to come back is over. What a living process may still have mapped stays entered."""
         if session.port is not None or session.number not in self.world.sessions:
             return
-        for handle in list(session.grips):
-            self.world.close_handle(session, handle)
+        self.world.sessions_by_digest.pop(session.token_digest, None)
         if session.pidfd < 0 or not (session.leases or session.stuck):
             self._forget_pidfd(session)
-            self.world.drop_session(session)
-        self.world.commit()
+            self._spawn(self._wind_up(session))
+        else:
+            self._spawn(self._give_up(session))
+
+    async def _wind_up(self, session: Session) -> None:
+        """Nothing is to be left of a session."""
+        await self.world.wind_up(session)
+        self._came_back.set()
+
+    async def _give_up(self, session: Session) -> None:
+        """A session loses its handles; what its process may have mapped stays entered."""
+        await self.world.close_handles(session)
         self._came_back.set()
 
     @staticmethod
@@ -501,6 +513,8 @@ def serve(path: str | None, config: Config) -> int:
             raise ValueError("no socket: give --socket PATH, or start it by socket activation")
         listener = listen(path)
     keeper = Keeper(os.environ.pop("NOTIFY_SOCKET", None))
+    # Threads look through /proc of clients; the loop must not wait for one of them for as long as 5 ms.
+    sys.setswitchinterval(_SWITCH_SECONDS)
     return asyncio.run(_main(listener, config, keeper, found))
 
 

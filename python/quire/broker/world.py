@@ -6,8 +6,10 @@ journal's next commit is always a whole.
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import fcntl
+import itertools
 import os
 from typing import TYPE_CHECKING, Any
 
@@ -36,6 +38,9 @@ if TYPE_CHECKING:
     from quire.broker.sessions import Target
 
 __all__ = ["Name", "World"]
+
+# A few milliseconds of work.
+_AT_ONCE = 16
 
 
 class Name:
@@ -198,13 +203,12 @@ class World:
         elif isinstance(held, Token):
             self.drop_token(held)
 
-    def unname(self, held: Target) -> None:
+    def unname(self, held: Held) -> None:
         """Withdraw every name and token of an object that has ended."""
-        for name, entry in list(self.names.items()):
-            if entry.target is held:
-                self.drop_name(name)
-        for token in list(self.tokens.values()):
-            if token.target is held:
+        for name in list(held.names):
+            self.drop_name(name)
+        for token in list(held.tokens):
+            if isinstance(token, Token):
                 self.drop_token(token)
 
     # Sessions and handles
@@ -249,6 +253,27 @@ class World:
         if isinstance(grip.target, Factory) and session.subscriptions.get(grip.target) == handle:
             del session.subscriptions[grip.target]
         self.unrefer(grip.target)
+
+    async def close_handles(self, session: Session) -> None:
+        """Give up all handles of a session, a few in each turn of the loop: others are served in between."""
+        while session.grips:
+            for handle in list(itertools.islice(session.grips, _AT_ONCE)):
+                self.close_handle(session, handle)
+            self.commit()
+            await asyncio.sleep(0)
+
+    async def wind_up(self, session: Session) -> None:
+        """End a session that nobody can come back to, a little in each turn of the loop."""
+        self.sessions_by_digest.pop(session.token_digest, None)
+        while session.leases and session.number in self.sessions:
+            for lease in list(itertools.islice(session.leases.values(), _AT_ONCE)):
+                self.cut_lease(lease, 0, lease.memory.padded_bytes)
+            self.commit()
+            await asyncio.sleep(0)
+        await self.close_handles(session)
+        if session.number in self.sessions:
+            self.drop_session(session)
+            self.commit()
 
     # Memory and leases
 
@@ -432,10 +457,10 @@ class World:
         self.objects.pop(snapshot.number, None)
         self.journal.put(f"o{snapshot.number}", None)
         self.unname(snapshot)
-        for held in self.objects.values():
-            if isinstance(held, Factory) and held.current is snapshot:
-                held.current = None
-                self.journal.put(f"o{held.number}", ["factory", held.bank.number, held.version, 0])
+        for factory in list(snapshot.shown_by):
+            if isinstance(factory, Factory):
+                self.show(factory, None)
+                self.put_factory(factory)
         orphans: list[SnapshotObject] = []
         for layer in snapshot.layers:
             layer.holders.pop(snapshot, None)
@@ -484,11 +509,19 @@ class World:
         current = factory.current.number if factory.current else 0
         self.journal.put(f"o{factory.number}", ["factory", factory.bank.number, factory.version, current])
 
+    def show(self, factory: Factory, snapshot: SnapshotObject | None) -> SnapshotObject | None:
+        """Set the current version of a factory; return what it was. References are the caller's to count."""
+        old, factory.current = factory.current, snapshot
+        if old is not None:
+            old.shown_by.pop(factory, None)
+        if snapshot is not None:
+            snapshot.shown_by[factory] = None
+        return old
+
     def put_version(self, factory: Factory, snapshot: SnapshotObject) -> None:
         """Make a snapshot the current version; the one before it is held by those who asked for it only."""
-        old = factory.current
         self.refer(snapshot)
-        factory.current = snapshot
+        old = self.show(factory, snapshot)
         factory.version += 1
         self.put_factory(factory)
         if old is not None:
@@ -501,7 +534,7 @@ class World:
         self.objects.pop(factory.number, None)
         self.journal.put(f"o{factory.number}", None)
         self.unname(factory)
-        current, factory.current = factory.current, None
+        current = self.show(factory, None)
         if current is not None:
             self.unrefer(current)
         factory.bank.discharge(OBJECT)
@@ -511,14 +544,22 @@ class World:
 
     def add_name(self, name: str, entry: Name) -> None:
         """Publish."""
-        self.names[name] = entry
-        self.refer(entry.target)
+        self.enter_name(name, entry)
         kind = "b" if isinstance(entry.target, Bank) else "o"
         self.journal.put(f"n{name}", [kind, entry.target.number, int(entry.rights), entry.users, entry.owner])
+
+    def enter_name(self, name: str, entry: Name) -> None:
+        """Make it known; it holds what it stands for."""
+        self.names[name] = entry
+        if isinstance(entry.target, Held):
+            entry.target.names.add(name)
+        self.refer(entry.target)
 
     def drop_name(self, name: str) -> None:
         """Withdraw a name."""
         entry = self.names.pop(name)
+        if isinstance(entry.target, Held):
+            entry.target.names.discard(name)
         self.journal.put(f"n{name}", None)
         if not entry.target.dead:
             self.unrefer(entry.target)
@@ -548,6 +589,7 @@ class World:
         """Make it known; it holds its object."""
         self.tokens[token.number] = token
         self.tokens_by_identity[token.identity] = token
+        token.target.tokens[token] = None
         self.refer(token.target)
 
     def drop_token(self, token: Token) -> None:
@@ -557,6 +599,7 @@ class World:
         token.dead = True
         del self.tokens[token.number]
         del self.tokens_by_identity[token.identity]
+        token.target.tokens.pop(token, None)
         self.journal.put(f"t{token.number}", None)
         os.close(token.descriptor)
         self._forget(f"t{token.number}")
@@ -597,6 +640,15 @@ class World:
         for session in self.sessions.values():
             for extent in session.stuck:
                 add(extent.memory.bank, extent.cost)
+        for held in self.objects.values():
+            names = {name for name, entry in self.names.items() if entry.target is held}
+            tokens = {token for token in self.tokens.values() if token.target is held}
+            if held.names != names or set(held.tokens) != tokens:
+                wrong.append(f"object {held.number} does not know what stands for it")
+            if isinstance(held, Factory) and held.current and held not in held.current.shown_by:
+                wrong.append(
+                    f"version {held.version} of factory {held.number} does not know that it is shown"
+                )
         for bank, amount in due.items():
             if bank.used != amount:
                 wrong.append(f"bank {bank.number} is charged {bank.used} and should be {amount}")
