@@ -12,6 +12,7 @@ import resource
 import struct
 from dataclasses import dataclass, field, replace
 
+import spacesmaps
 from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis import strategies as st
 
@@ -538,18 +539,18 @@ class Run:
         self._observe(text, self.calls.call("lseek", FD_MAPS, 0, 0), 0)
 
     def _finish(self) -> None:
-        """Read the flags of all VMAs of all processes, end them, children first."""
-        self.flags: list[tuple[int, AddressSpace, tuple[int, list[int]], list[tuple[int, int]]]] = []
+        """Read flags and sizes of all VMAs of all processes, end them, children first."""
+        self.smaps: list[tuple[int, tuple[int, list[int]], list[spacesmaps.Shown]]] = []
         for number in sorted(self.processes, reverse=True):
             process = self.processes[number]
             self.calls.switch(number)
             self.running = number
             seen = [
-                (vma.start, vma.flags & KNOWN_FLAGS)
+                spacesmaps.of(process.space, vma)
                 for vma in process.space
                 if vma.start not in (LIST_AT, self.calls.code)
             ]
-            self.flags.append((number, process.space, self.calls.read_all(FD_SMAPS, 24), seen))
+            self.smaps.append((number, self.calls.read_all(FD_SMAPS, 24), seen))
         while len(self.processes) > 1:
             last = max(self.processes)
             parent = self.processes[last].parent
@@ -589,13 +590,13 @@ class Run:
             pages = _joined(calls.bytes_at(step.regions, 24 * count), calls.code)
             if pages != step.pages:
                 self._differ(number, f"the kernel's pages {_pages(pages)}\nthe model's {_pages(step.pages)}")
-        for number, _space, text, seen in self.flags:
-            found = _flags(calls.text(*text), (LIST_AT, self.calls.code))
+        for number, text, seen in self.smaps:
+            found = spacesmaps.read(calls.text(*text), (LIST_AT, self.calls.code))
             if found != seen:
                 self._differ(
                     len(self.steps) - 1,
-                    f"flags of process {number}:\n"
-                    f"the kernel's {_flagged(found)}\nthe model's {_flagged(seen)}",
+                    f"smaps of process {number}:\n"
+                    f"the kernel's {spacesmaps.described(found)}\nthe model's {spacesmaps.described(seen)}",
                 )
 
     def _differ(self, number: int, what: str) -> None:
@@ -610,45 +611,6 @@ class Run:
             for number, step in enumerate(self.steps[:count])
         ]
         return "\n".join(lines)
-
-
-SMAPS_FLAGS = {
-    b"rd": c.VM_READ,
-    b"wr": c.VM_WRITE,
-    b"ex": c.VM_EXEC,
-    b"sh": c.VM_SHARED,
-    b"mr": c.VM_MAYREAD,
-    b"mw": c.VM_MAYWRITE,
-    b"me": c.VM_MAYEXEC,
-    b"ms": c.VM_MAYSHARE,
-    b"gd": c.VM_GROWSDOWN,
-    b"gu": c.VM_MAYBE_GUARD,
-    b"dc": c.VM_DONTCOPY,
-    b"ac": c.VM_ACCOUNT,
-    b"nr": c.VM_NORESERVE,
-    b"wf": c.VM_WIPEONFORK,
-}
-KNOWN_FLAGS = sum(SMAPS_FLAGS.values())
-
-
-def _flags(smaps: bytes, without: tuple[int, ...]) -> list[tuple[int, int]]:
-    found = []
-    start = 0
-    for line in smaps.splitlines():
-        head = line.split(None, 1)[0]
-        if head == b"VmFlags:":
-            flags = sum(SMAPS_FLAGS.get(name, 0) for name in line.split()[1:])
-            if start not in without:
-                found.append((start, flags))
-        elif not head.endswith(b":"):
-            start = int(head.partition(b"-")[0], 16)
-            if b"[vsyscall]" in line:
-                break
-    return found
-
-
-def _flagged(flags: list[tuple[int, int]]) -> str:
-    return "; ".join(f"{start:#x} {' '.join(c.flag_names(bits))}" for start, bits in flags)
 
 
 def _joined(data: bytes, without: int) -> list[tuple[int, int, int]]:

@@ -2,10 +2,12 @@
 
 import ctypes
 import os
+import pathlib
 import subprocess
 
 import numpy as np
 import pytest
+from brokers import inside
 from processes import child
 
 import quire
@@ -155,6 +157,28 @@ def test_find_objects_of_the_library() -> None:
             far = found.find(region.address + region.window_bytes).objects
             assert any(line.endswith(", not filled") for line in far)
     assert quire.maps().find(0).objects == ()
+
+
+def test_find_a_lease(tmp_path: pathlib.Path) -> None:
+    with inside(tmp_path / "broker") as broker, quire.connect(broker.path) as owner:
+        handle, lease = owner.memory(4 * PAGE)
+        owner.publish(handle, "memory")
+        with quire.connect(broker.path) as other, other.lease(other.open("memory")) as borrowed:
+            for each in (lease, borrowed):
+                found = quire.maps()
+                (line,) = found.find(each.address + PAGE + 7).objects
+                assert line == f"byte {PAGE + 7} of the memory of {each!r}"
+                vma = found.at(each.address)
+                assert vma is not None
+                assert vma.kind is Kind.QUIRE
+            owner.revoke(handle, PAGE, PAGE, deadline_ms=5000)
+            (line,) = quire.maps().find(borrowed.address + PAGE).objects
+            assert line.endswith(", taken back")
+            (line,) = quire.maps().find(borrowed.address).objects
+            assert line.endswith("partly taken back>")
+            address = borrowed.address
+        assert quire.maps().find(address).objects == ()
+        lease.close()
 
 
 def test_find_nothing() -> None:

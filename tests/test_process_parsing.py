@@ -1,14 +1,16 @@
 """From text to VMAs: what the native parser and the rules for kinds do with what no process here shows."""
 
+import os
 import re
 import struct
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from quire.process import Kind
 from quire.process.kinds import classify
-from quire.process.parsing import Columns, parse, without_repeats
+from quire.process.parsing import Columns, read, without_repeats
 
 MIB = 1 << 20
 LINES = [
@@ -28,6 +30,17 @@ LINES = [
 HEADER = re.compile(
     rb"([0-9a-f]+)-([0-9a-f]+) ([r-][w-][x-][ps]) ([0-9a-f]+) ([0-9a-f]+):([0-9a-f]+) (\d+)(?: +(.*))?"
 )
+
+
+def parse(text: bytes, problems: list[str]) -> Columns:
+    """Read a text from a file, as it comes from /proc."""
+    fd = os.memfd_create("text")
+    try:
+        os.write(fd, text)
+        os.lseek(fd, 0, os.SEEK_SET)
+        return read(fd, problems)
+    finally:
+        os.close(fd)
 
 
 def simply(lines: list[bytes]) -> list[tuple[int, dict[str, int], int]]:
@@ -69,6 +82,17 @@ def test_any_bytes(text: bytes) -> None:
     problems: list[str] = []
     rows = parse(text, problems)
     assert rows.start or problems or not text
+
+
+def test_what_is_no_open_file() -> None:
+    with pytest.raises(ValueError, match="descriptor -1"):
+        read(-1, [])
+    fd = os.open("/", os.O_RDONLY)
+    with pytest.raises(IsADirectoryError, match="read"):
+        read(fd, [])
+    os.close(fd)
+    with pytest.raises(OSError, match="Bad file descriptor"):
+        read(fd, [])
 
 
 Row = tuple[object, ...]

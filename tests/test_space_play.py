@@ -17,6 +17,8 @@ from quire.commands.space import lessons
 from quire.errors import Malformed
 from quire.pictures.model import Step
 from quire.pictures.strip import strip
+from quire.space import AddressSpace, File, Rules
+from quire.space import constants as c
 from quire.space.script import play
 
 DOCS = Path(__file__).parents[1] / "docs"
@@ -233,3 +235,23 @@ def test_says_what_is_wrong(tmp_path: Path) -> None:
 
 def test_rules_of_the_running_kernel() -> None:
     assert run("play", "-", "--running-kernel", input="mmap 4K rw\nexpect success\n").returncode == 0
+
+
+# In notebooks
+
+
+def test_a_space_shows_itself_in_notebooks() -> None:
+    space = AddressSpace(Rules())
+    shown = space._repr_mimebundle_()
+    assert set(shown) == {"text/plain", "text/html", "image/svg+xml"}
+    assert shown["text/plain"] == "<quire.AddressSpace: 0 VMAs, 0 bytes, 0 resident>"
+    rw, private = c.PROT_READ | c.PROT_WRITE, c.MAP_PRIVATE | c.MAP_ANONYMOUS
+    base = space.mmap(0, 8 * 4096, rw, private).value
+    space.mmap(0, 4096, c.PROT_READ, c.MAP_PRIVATE, File('/<script>alert("x")</script>', 4096))
+    space.touch(base, write=True)
+    shown = space._repr_mimebundle_()
+    assert repr(space) == "<quire.AddressSpace: 2 VMAs, 36864 bytes, 4096 resident>"
+    assert "<script>alert" not in shown["image/svg+xml"]
+    assert ET.fromstring(shown["image/svg+xml"]).tag.endswith("svg")
+    assert space._repr_html_() == shown["text/html"]
+    assert shown["text/html"].startswith("<iframe ")

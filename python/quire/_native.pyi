@@ -426,8 +426,8 @@ def program_source(
 def zygote_source(control: int, *, size: int, parallel: int, timeout: float, fetches: bool) -> Source:
     """A source served by workers that the process at the other end of ``control`` forks; it is duplicated."""
 
-def parse_maps(
-    text: bytes,
+def read_maps(
+    fd: int,
 ) -> tuple[
     list[int],
     list[int],
@@ -436,7 +436,10 @@ def parse_maps(
     tuple[list[tuple[str, ...]], list[bytes], list[tuple[tuple[str, bytes], ...]]],
     list[bytes],
 ]:
-    """Parse ``/proc/PID/maps`` or ``smaps``, without the GIL. Columns, with an item for each VMA, and the rest.
+    """Read and parse an open ``/proc/PID/maps`` or ``smaps`` from where it stands to its end; ``fd`` is borrowed.
+
+    Blocks without the GIL; handlers of signals run about every megabyte. Columns, with an item for each VMA, and the
+    rest:
 
     (start, end, protection, (offset, major, minor, inode, name as it stands there), (names of figures, the figures as
     native-endian u64 with sizes in bytes, lines that are no figures as pairs of name and value), lines that were not

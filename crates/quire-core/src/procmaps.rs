@@ -1,10 +1,23 @@
-//! The text of `/proc/PID/maps` and `/proc/PID/smaps`, parsed in one pass.
+//! The text of `/proc/PID/maps` and `/proc/PID/smaps`, read piece by piece and parsed in one pass.
 //!
 //! A line that begins with a small hexadecimal digit starts a VMA, any other tells something of the last one: a size
 //! (`Rss: 4 kB`), a number (`THPeligible: 0`) or a text (`VmFlags: rd ex`). A name cannot break this: the kernel
 //! writes a newline in it as `\012`. What is not understood is handed back, never dropped.
+//!
+//! The kernel hands such a text out a page at a time. All of it, 7 MB for 10,000 VMAs, is never held: what is kept of
+//! a piece are numbers, and names and texts once each.
 
+use std::collections::HashMap;
 use std::ops::Range;
+use std::os::fd::BorrowedFd;
+
+use crate::sys::file;
+use crate::{Error, Result};
+
+/// More than the kernel gives at once.
+const BUFFER_BYTES: usize = 64 << 10;
+/// Read before the caller is asked again: a few milliseconds of work.
+const STEP_BYTES: usize = 1 << 20;
 
 /// A VMA as its first line has it, and where the rest is in [`Parsed`].
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -16,8 +29,8 @@ pub struct Vma {
     pub major: u32,
     pub minor: u32,
     pub inode: u64,
-    /// In the text; as the kernel escapes it.
-    pub name: Range<usize>,
+    /// In [`Parsed::strings`]; as the kernel escapes it.
+    pub name: usize,
     /// The names of its figures, in [`Parsed::shapes`].
     pub shape: usize,
     /// In [`Parsed::figures`].
@@ -26,86 +39,149 @@ pub struct Vma {
     pub texts: Range<usize>,
 }
 
-/// Everything that a text says; ranges are places in it.
+/// Everything that a text says.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Parsed {
     pub vmas: Vec<Vma>,
-    /// Lists of names of figures, no two equal.
-    pub shapes: Vec<Vec<Range<usize>>>,
-    /// Sizes in bytes, other numbers as they are.
-    pub figures: Vec<u64>,
-    /// Names and values of lines that are no figures.
-    pub texts: Vec<(Range<usize>, Range<usize>)>,
+    /// Lists of names of figures, no two equal; places in `strings`.
+    pub shapes: Vec<Vec<usize>>,
+    /// Sizes in bytes, other numbers as they are; native-endian numbers of 64 bits.
+    pub figures: Vec<u8>,
+    /// Names and values of lines that are no figures; places in `strings`.
+    pub texts: Vec<(usize, usize)>,
+    /// Names and texts, no two equal.
+    pub strings: Vec<Box<[u8]>>,
     /// Lines that were not understood.
-    pub unknown: Vec<Range<usize>>,
+    pub unknown: Vec<Vec<u8>>,
 }
 
-impl Parsed {
-    /// Parse the whole content of one of the files.
+/// A text that is being read.
+#[derive(Default)]
+pub struct Reader {
+    parsed: Parsed,
+    /// Where a string is in `parsed.strings`.
+    places: HashMap<Box<[u8]>, usize>,
+    /// The names of the figures of the last VMA so far.
+    names: Vec<usize>,
+    /// Bytes read and not parsed yet, up to `filled`: the beginning of a line.
+    buffer: Vec<u8>,
+    filled: usize,
+}
+
+impl Reader {
+    /// Read on from where the descriptor stands. Blocks.
+    ///
+    /// # Returns
+    /// Whether there may be more; false once the file has ended.
+    ///
+    /// # Errors
+    /// [`Error::Os`] of `read`. What was read before is kept. A signal is no error: it ends the step early.
+    pub fn step(&mut self, fd: BorrowedFd<'_>) -> Result<bool> {
+        let mut done = 0;
+        while done < STEP_BYTES {
+            if self.filled == self.buffer.len() {
+                // A line longer than the buffer: names may be as long as the kernel likes.
+                self.buffer.resize((2 * self.filled).max(BUFFER_BYTES), 0);
+            }
+            match file::read(fd, &mut self.buffer[self.filled..]) {
+                Ok(0) => return Ok(false),
+                Ok(bytes) => {
+                    self.filled += bytes;
+                    done += bytes;
+                }
+                Err(libc::EINTR) => break,
+                Err(errno) => return Err(Error::os("read", errno)),
+            }
+            let buffer = std::mem::take(&mut self.buffer);
+            let parsed = self.lines(&buffer[..self.filled]);
+            self.buffer = buffer;
+            self.buffer.copy_within(parsed..self.filled, 0);
+            self.filled -= parsed;
+        }
+        Ok(true)
+    }
+
+    /// Everything that was read. Part of a line at the end is not understood.
     #[must_use]
-    pub fn of(text: &[u8]) -> Self {
-        let mut parsed = Self::default();
-        let mut names: Vec<Range<usize>> = Vec::new();
+    pub fn finish(mut self) -> Parsed {
+        if self.filled > 0 {
+            self.parsed.unknown.push(self.buffer[..self.filled].to_vec());
+        }
+        self.close();
+        self.parsed
+    }
+
+    /// Parse whole lines; how many bytes they were.
+    fn lines(&mut self, text: &[u8]) -> usize {
         let mut at = 0;
         while at < text.len() {
             // Figures mostly come in the order in which the VMA before had them.
-            let expected = parsed.shapes.last().and_then(|shape| shape.get(names.len())).cloned().unwrap_or(0..0);
-            if let Some((value, next)) = expected_figure(text, at, &text[expected.clone()]) {
-                names.push(at..at + expected.len());
-                parsed.figures.push(value);
+            let expected = self.parsed.shapes.last().and_then(|shape| shape.get(self.names.len())).copied();
+            if let Some(name) = expected
+                && let Some((value, next)) = expected_figure(text, at, &self.parsed.strings[name])
+            {
+                self.figure(name, value);
                 at = next;
                 continue;
             }
-            let Some(len) = text[at..].iter().position(|&byte| byte == b'\n') else {
-                parsed.unknown.push(at..text.len());
-                break;
-            };
-            parsed.line(text, at..at + len, &mut names);
+            let Some(len) = text[at..].iter().position(|&byte| byte == b'\n') else { break };
+            self.line(&text[at..at + len]);
             at += len + 1;
         }
-        parsed.finish(text, &mut names);
-        parsed
+        at
+    }
+
+    fn figure(&mut self, name: usize, value: u64) {
+        self.names.push(name);
+        self.parsed.figures.extend_from_slice(&value.to_ne_bytes());
     }
 
     /// Parse any line.
-    fn line(&mut self, text: &[u8], place: Range<usize>, names: &mut Vec<Range<usize>>) {
-        let at = place.start;
-        let line = &text[place.clone()];
-        if let Some(mut vma) = header(line, at) {
-            self.finish(text, names);
-            vma.figures = self.figures.len()..self.figures.len();
-            vma.texts = self.texts.len()..self.texts.len();
-            self.vmas.push(vma);
+    fn line(&mut self, line: &[u8]) {
+        if let Some((mut vma, name)) = header(line) {
+            self.close();
+            vma.name = self.string(name);
+            vma.figures = self.parsed.figures.len()..self.parsed.figures.len();
+            vma.texts = self.parsed.texts.len()..self.parsed.texts.len();
+            self.parsed.vmas.push(vma);
             return;
         }
         let colon = line.iter().position(|&byte| byte == b':');
-        let (Some(colon), false) = (colon, self.vmas.is_empty()) else {
-            self.unknown.push(place);
+        let (Some(colon), false) = (colon, self.parsed.vmas.is_empty()) else {
+            self.parsed.unknown.push(line.to_vec());
             return;
         };
-        let value = trimmed(line, colon + 1);
-        if let Some(figure) = figure(&line[value.clone()]) {
-            self.figures.push(figure);
-            names.push(at..at + colon);
+        let name = self.string(&line[..colon]);
+        let value = trimmed(&line[colon + 1..]);
+        if let Some(value) = figure(value) {
+            self.figure(name, value);
         } else {
-            self.texts.push((at..at + colon, at + value.start..at + value.end));
+            let value = self.string(value);
+            self.parsed.texts.push((name, value));
         }
     }
 
     /// The last VMA is complete.
-    fn finish(&mut self, text: &[u8], names: &mut Vec<Range<usize>>) {
-        let Some(vma) = self.vmas.last_mut() else { return };
-        vma.figures.end = self.figures.len();
-        vma.texts.end = self.texts.len();
-        let same = |shape: &Vec<Range<usize>>| {
-            shape.len() == names.len() && shape.iter().zip(&*names).all(|(a, b)| text[a.clone()] == text[b.clone()])
-        };
+    fn close(&mut self) {
+        let parsed = &mut self.parsed;
+        let Some(vma) = parsed.vmas.last_mut() else { return };
+        vma.figures.end = parsed.figures.len();
+        vma.texts.end = parsed.texts.len();
         // The one used last is nearly always right; kernels give one or two.
-        vma.shape = self.shapes.iter().rposition(same).unwrap_or_else(|| {
-            self.shapes.push(names.clone());
-            self.shapes.len() - 1
+        vma.shape = parsed.shapes.iter().rposition(|shape| *shape == self.names).unwrap_or_else(|| {
+            parsed.shapes.push(self.names.clone());
+            parsed.shapes.len() - 1
         });
-        names.clear();
+        self.names.clear();
+    }
+
+    fn string(&mut self, text: &[u8]) -> usize {
+        if let Some(&place) = self.places.get(text) {
+            return place;
+        }
+        self.parsed.strings.push(text.into());
+        self.places.insert(text.into(), self.parsed.strings.len() - 1);
+        self.parsed.strings.len() - 1
     }
 }
 
@@ -137,8 +213,8 @@ fn expected_figure(text: &[u8], at: usize, name: &[u8]) -> Option<(u64, usize)> 
     }
 }
 
-/// `start-end rwxp offset major:minor inode name`
-fn header(line: &[u8], at: usize) -> Option<Vma> {
+/// `start-end rwxp offset major:minor inode name`: what comes before the name, and the name.
+fn header(line: &[u8]) -> Option<(Vma, &[u8])> {
     let mut rest = Cursor { line, at: 0 };
     let start = rest.number(16)?;
     rest.expect(b'-')?;
@@ -158,15 +234,14 @@ fn header(line: &[u8], at: usize) -> Option<Vma> {
     let minor = u32::try_from(rest.number(16)?).ok()?;
     rest.expect(b' ')?;
     let inode = rest.number(10)?;
-    let mut name = rest.at;
-    if name < line.len() && line[name] != b' ' {
+    let name = &line[rest.at..];
+    if !name.is_empty() && name[0] != b' ' {
         return None;
     }
-    while line.get(name) == Some(&b' ') {
-        name += 1;
-    }
-    let name = at + name..at + line.len();
-    Some(Vma { start, end, protection, offset, major, minor, inode, name, shape: 0, figures: 0..0, texts: 0..0 })
+    let name = &name[name.iter().take_while(|&&byte| byte == b' ').count()..];
+    let vma =
+        Vma { start, end, protection, offset, major, minor, inode, name: 0, shape: 0, figures: 0..0, texts: 0..0 };
+    Some((vma, name))
 }
 
 struct Cursor<'a> {
@@ -206,20 +281,20 @@ fn figure(value: &[u8]) -> Option<u64> {
     }
 }
 
-/// What is left of a line from a place on, without the blanks around it.
-fn trimmed(line: &[u8], from: usize) -> Range<usize> {
-    let mut range = from..line.len();
-    while range.start < range.end && line[range.start] == b' ' {
-        range.start += 1;
+/// Without the blanks around it.
+fn trimmed(mut text: &[u8]) -> &[u8] {
+    while let [b' ', rest @ ..] | [rest @ .., b' '] = text {
+        text = rest;
     }
-    while range.end > range.start && line[range.end - 1] == b' ' {
-        range.end -= 1;
-    }
-    range
+    text
 }
 
 #[cfg(test)]
 mod tests {
+    use std::io::Write;
+    use std::os::fd::AsFd;
+    use std::os::unix::net::UnixStream;
+
     use super::*;
 
     const TWO: &[u8] = b"00400000-00452000 r-xp 00001000 fe:00 1735 /usr/bin/a b\\012 (deleted)\n\
@@ -227,36 +302,56 @@ Size:                328 kB\nRss:                   4 kB\nTHPeligible:          
 ffffffffff600000-ffffffffff601000 --xp 00000000 00:00 0                  [vsyscall]\n\
 Size:                  4 kB\nRss:                   0 kB\nTHPeligible:           0\nVmFlags: ex \n";
 
-    fn of<'a>(text: &'a [u8], range: &Range<usize>) -> &'a [u8] {
-        &text[range.clone()]
+    /// Through a file, a number of bytes at a time.
+    fn read(text: &[u8], piece_bytes: usize) -> Parsed {
+        let mut reader = Reader::default();
+        for piece in text.chunks(piece_bytes) {
+            let (mut end, start) = UnixStream::pair().unwrap();
+            end.write_all(piece).unwrap();
+            drop(end);
+            while reader.step(start.as_fd()).unwrap() {}
+        }
+        reader.finish()
+    }
+
+    fn of(text: &[u8]) -> Parsed {
+        read(text, text.len().max(1))
+    }
+
+    fn figures(parsed: &Parsed, vma: &Vma) -> Vec<u64> {
+        let words = parsed.figures[vma.figures.clone()].chunks_exact(8);
+        words.map(|word| u64::from_ne_bytes(word.try_into().unwrap())).collect()
+    }
+
+    fn texts<'a>(parsed: &'a Parsed, vma: &Vma) -> Vec<(&'a [u8], &'a [u8])> {
+        let pairs = parsed.texts[vma.texts.clone()].iter();
+        pairs.map(|&(name, value)| (&*parsed.strings[name], &*parsed.strings[value])).collect()
     }
 
     #[test]
     fn two_vmas() {
-        let parsed = Parsed::of(TWO);
+        let parsed = of(TWO);
         assert!(parsed.unknown.is_empty());
         let [first, second] = &parsed.vmas[..] else { panic!("{parsed:?}") };
         assert_eq!((first.start, first.end, first.offset, first.inode), (0x40_0000, 0x45_2000, 0x1000, 1735));
         assert_eq!((first.major, first.minor, &first.protection), (0xfe, 0, b"r-xp"));
-        assert_eq!(of(TWO, &first.name), b"/usr/bin/a b\\012 (deleted)");
-        assert_eq!(parsed.figures[first.figures.clone()], [328 << 10, 4096, 1]);
+        assert_eq!(*parsed.strings[first.name], *b"/usr/bin/a b\\012 (deleted)");
+        assert_eq!(figures(&parsed, first), [328 << 10, 4096, 1]);
         assert_eq!(second.end, 0xffff_ffff_ff60_1000);
-        assert_eq!(of(TWO, &second.name), b"[vsyscall]");
+        assert_eq!(*parsed.strings[second.name], *b"[vsyscall]");
         assert_eq!(parsed.shapes.len(), 1);
-        let flags = &parsed.texts[second.texts.clone()];
-        assert_eq!((of(TWO, &flags[0].0), of(TWO, &flags[0].1)), (&b"VmFlags"[..], &b"ex"[..]));
+        assert_eq!(texts(&parsed, second), [(&b"VmFlags"[..], &b"ex"[..])]);
     }
 
     #[test]
     fn what_is_not_understood_is_handed_back() {
         let text = b"Rss: 1 kB\n1-2 rwxp 0 0:0 0\nnothing\nNew: 99999999999999999999 kB\nName of it: 12 MB\n1-2 rw";
-        let parsed = Parsed::of(text);
-        let unknown: Vec<_> = parsed.unknown.iter().map(|line| of(text, line)).collect();
-        assert_eq!(unknown, [&b"Rss: 1 kB"[..], b"nothing", b"1-2 rw"]);
-        let texts: Vec<_> = parsed.texts.iter().map(|(name, value)| (of(text, name), of(text, value))).collect();
-        assert_eq!(texts, [(&b"New"[..], &b"99999999999999999999 kB"[..]), (b"Name of it", b"12 MB")]);
-        assert_eq!(parsed.vmas.len(), 1);
-        assert!(parsed.vmas[0].name.is_empty());
+        let parsed = of(text);
+        assert_eq!(parsed.unknown, [&b"Rss: 1 kB"[..], b"nothing", b"1-2 rw"]);
+        let [vma] = &parsed.vmas[..] else { panic!("{parsed:?}") };
+        let expected = [(&b"New"[..], &b"99999999999999999999 kB"[..]), (b"Name of it", b"12 MB")];
+        assert_eq!(texts(&parsed, vma), expected);
+        assert!(parsed.strings[vma.name].is_empty());
     }
 
     #[test]
@@ -270,14 +365,14 @@ Size:                  4 kB\nRss:                   0 kB\nTHPeligible:          
             "1",
         ] {
             let text = format!("{line}\n");
-            assert!(Parsed::of(text.as_bytes()).vmas.is_empty(), "{line}");
+            assert!(of(text.as_bytes()).vmas.is_empty(), "{line}");
         }
     }
 
     #[test]
     fn shapes_are_told_apart() {
         let text = b"1-2 rwxp 0 0:0 0\nRss: 1 kB\n2-3 rwxp 0 0:0 0\nPss: 1 kB\n3-4 rwxp 0 0:0 0\nRss: 2 kB\n4-5 rwxp 0 0:0 0\n";
-        let parsed = Parsed::of(text);
+        let parsed = of(text);
         let shapes: Vec<_> = parsed.vmas.iter().map(|vma| vma.shape).collect();
         assert_eq!(shapes, [0, 1, 0, 2]);
     }
@@ -285,11 +380,34 @@ Size:                  4 kB\nRss:                   0 kB\nTHPeligible:          
     #[test]
     fn every_cut_of_a_text_parses() {
         for end in 0..TWO.len() {
-            let parsed = Parsed::of(&TWO[..end]);
+            let parsed = of(&TWO[..end]);
             assert!(parsed.vmas.len() <= 2);
             for vma in &parsed.vmas {
                 assert!(vma.figures.end <= parsed.figures.len() && vma.texts.end <= parsed.texts.len());
             }
         }
+    }
+
+    #[test]
+    fn pieces_of_any_size_are_the_same_text() {
+        let whole = of(TWO);
+        for bytes in 1..TWO.len() {
+            assert_eq!(read(TWO, bytes), whole, "{bytes}");
+        }
+    }
+
+    #[test]
+    fn a_line_longer_than_the_buffer() {
+        let name = vec![b'n'; 3 * BUFFER_BYTES];
+        let text = [b"1-2 rwxp 0 0:0 0 ", &name[..], b"\nRss: 1 kB\n"].concat();
+        let parsed = read(&text, 5000);
+        assert_eq!(*parsed.strings[parsed.vmas[0].name], *name);
+        assert_eq!(figures(&parsed, &parsed.vmas[0]), [1024]);
+    }
+
+    #[test]
+    fn what_cannot_be_read_is_an_error() {
+        let folder = std::fs::File::open("/").unwrap();
+        assert_eq!(Reader::default().step(folder.as_fd()).unwrap_err().errno(), libc::EISDIR);
     }
 }

@@ -50,7 +50,7 @@ fn _native(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add_class::<region::Region>()?;
     module.add_function(wrap_pyfunction!(region::region_file, module)?)?;
     module.add_function(wrap_pyfunction!(probe::probe, module)?)?;
-    module.add_function(wrap_pyfunction!(procmaps::parse_maps, module)?)?;
+    module.add_function(wrap_pyfunction!(procmaps::read_maps, module)?)?;
     module.add_function(wrap_pyfunction!(remote::program_source, module)?)?;
     module.add_function(wrap_pyfunction!(remote::zygote_source, module)?)?;
     module.add_function(wrap_pyfunction!(calls::spawn_calls, module)?)?;

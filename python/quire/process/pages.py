@@ -142,8 +142,7 @@ def read_pages(folder: Folder, start: int, end: int) -> Pages:
     """
     if start % PAGE_SIZE or end % PAGE_SIZE or not 0 <= start <= end <= 1 << 64:
         raise ValueError(f"{start:#x} to {end:#x} is no range of whole pages")
-    fd = folder.open("pagemap")
-    try:
+    with folder.opened("pagemap") as fd:
         runs = _scan(fd, start, end)
         if runs is None:
             numbers, words = _read_all(fd, start, end)
@@ -155,8 +154,6 @@ def read_pages(folder: Folder, start: int, end: int) -> Pages:
             there = _is_there(words)
             numbers, words, categories = numbers[there], words[there], categories[there]
             huge, zero = (categories & _SCAN_HUGE) != 0, (categories & _SCAN_ZERO) != 0
-    finally:
-        os.close(fd)
     return Pages(start, end, numbers, words, huge, zero, _may_see_frames(words))
 
 

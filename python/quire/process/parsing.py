@@ -1,4 +1,4 @@
-"""What ``/proc/PID/maps`` and ``smaps`` tell; the text itself is parsed by the native core."""
+"""What ``/proc/PID/maps`` and ``smaps`` tell; the native core reads and parses the text."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from quire import _native
 
-__all__ = ["Columns", "parse", "without_repeats"]
+__all__ = ["Columns", "read", "without_repeats"]
 
 
 class Columns(NamedTuple):
@@ -30,17 +30,20 @@ class Columns(NamedTuple):
     texts: list[tuple[tuple[str, bytes], ...]]
 
 
-def parse(text: bytes, problems: list[str]) -> Columns:
-    """Parse the whole content of ``maps`` or ``smaps``, without the GIL.
+def read(fd: int, problems: list[str]) -> Columns:
+    """Read and parse an open ``maps`` or ``smaps`` to its end. Blocks, without the GIL.
 
     Args:
-        text: The content.
+        fd: The file; it is borrowed.
         problems: What was not understood is added here, in words.
 
     Returns:
         The VMAs in the order of the text. From ``maps`` they have no figures.
+
+    Raises:
+        OSError: The kernel's, of ``read``.
     """
-    start, end, protection, file, details, unknown = _native.parse_maps(text)
+    start, end, protection, file, details, unknown = _native.read_maps(fd)
     problems += (f"a line is none that this version knows: {line[:200]!r}" for line in unknown)
     return Columns(start, end, protection, *file, *details)
 

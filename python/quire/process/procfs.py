@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Folder", "Identity"]
 
-_CHUNK_BYTES = 1 << 20
+_CHUNK_BYTES = 64 << 10
 _PF_KTHREAD = 0x0020_0000
 
 
@@ -98,8 +98,9 @@ class Folder(Closing):
         if fd >= 0:
             os.close(fd)
 
-    def open(self, name: str) -> int:
-        """Open a file of the process for reading; the descriptor is the caller's.
+    @contextlib.contextmanager
+    def opened(self, name: str) -> Iterator[int]:
+        """Open a file of the process for reading, for a block whose failures are explained.
 
         Raises:
             ProcessLookupError: The process is gone.
@@ -107,36 +108,32 @@ class Folder(Closing):
             FileNotFoundError: This kernel has no such file.
         """
         with self._explained(name):
-            return os.open(name, os.O_RDONLY | os.O_CLOEXEC, dir_fd=self._fd)
+            fd = os.open(name, os.O_RDONLY | os.O_CLOEXEC, dir_fd=self._fd)
+            try:
+                yield fd
+            finally:
+                os.close(fd)
 
     def read(self, name: str) -> bytes:
-        """Read a whole file. Blocks as long as the kernel takes, without the GIL. Raises as ``open`` does."""
-        fd = self.open(name)
-        try:
-            chunks = []
-            with self._explained(name):
-                while chunk := os.read(fd, _CHUNK_BYTES):
-                    chunks.append(chunk)
-        finally:
-            os.close(fd)
+        """Read a whole file. Blocks as the kernel does, without the GIL. Raises as ``opened`` does."""
+        chunks = []
+        with self.opened(name) as fd:
+            while chunk := os.read(fd, _CHUNK_BYTES):
+                chunks.append(chunk)
         return b"".join(chunks)
 
     def readlink(self, name: str) -> bytes:
-        """Read a symbolic link. Raises as ``open`` does."""
+        """Read a symbolic link. Raises as ``opened`` does."""
         with self._explained(name):
             return os.readlink(os.fsencode(name), dir_fd=self._fd)
 
     def threads(self) -> list[int]:
-        """List the numbers of the threads. Raises as ``open`` does."""
-        fd = self.open("task")
-        try:
-            with self._explained("task"):
-                return [int(name) for name in os.listdir(fd)]
-        finally:
-            os.close(fd)
+        """List the numbers of the threads. Raises as ``opened`` does."""
+        with self.opened("task") as fd:
+            return [int(name) for name in os.listdir(fd)]
 
     def identity(self) -> Identity:
-        """Read what tells this process from others. Raises as ``open`` does."""
+        """Read what tells this process from others. Raises as ``opened`` does."""
         text = self.read("stat")
         # The command stands in parentheses and may hold any bytes, parentheses and blanks too.
         first, _, rest = text.partition(b" (")
@@ -153,7 +150,7 @@ class Folder(Closing):
         )
 
     def status_bytes(self) -> dict[str, int]:
-        """Read the sizes of ``status``, such as ``VmPTE``, in bytes. Raises as ``open`` does."""
+        """Read the sizes of ``status``, such as ``VmPTE``, in bytes. Raises as ``opened`` does."""
         sizes = {}
         for line in self.read("status").splitlines():
             name, _, value = line.partition(b":")

@@ -314,7 +314,8 @@ def _read(folder: Folder, detail: Detail, last: bool) -> Maps | None:
     process = Process(
         before.pid, before.command, before.start_ticks, before.threads, time.time(), time.monotonic()
     )
-    columns = parsing.parse(folder.read(detail), problems)
+    with folder.opened(detail) as fd:
+        columns = parsing.read(fd, problems)
     page_tables, pointers = None, []
     try:
         page_tables = folder.status_bytes().get("VmPTE")

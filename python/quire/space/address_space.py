@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, Any, Self
 
 from quire.space import executing, faults, forking, mapping, protecting, remapping, text
 from quire.space.accounting import Sizes, sizes
@@ -276,6 +276,26 @@ class AddressSpace:
     def check(self) -> None:
         """Check the invariants of the model; AssertionError if one does not hold."""
         self._state.tree.check()
+
+    def _repr_html_(self) -> str:
+        """Show the page of docs/pictures.md in a notebook."""
+        from quire.space.picture import framed  # noqa: PLC0415 - drawing is for those who look
+
+        return framed(self)
+
+    def _repr_mimebundle_(self, **_: Any) -> dict[str, str]:
+        """Offer a notebook the page, a still picture for where scripts do not run, and a line of text."""
+        from quire.space.picture import bundle  # noqa: PLC0415
+
+        return bundle(self)
+
+    def __repr__(self) -> str:
+        """Show how much is mapped."""
+        sizes = self.sizes()
+        return (
+            f"<quire.AddressSpace: {len(self)} VMAs, {sizes.virtual_bytes} bytes,"
+            f" {sizes.resident_bytes} resident>"
+        )
 
 
 __all__ = ["AddressSpace", "CallError"]

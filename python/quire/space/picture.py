@@ -5,7 +5,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from quire._native import PAGE_SIZE
-from quire.pictures.model import Pages, Row, Sample
+from quire.pictures.model import Pages, Picture, Row, Sample
+from quire.pictures.page import frame as in_frame
+from quire.pictures.still import still
 from quire.space import windows
 from quire.space.constants import PAGE_SHIFT, VM_ACCOUNT, VM_EXEC, VM_GROWSDOWN, VM_SHARED
 from quire.space.pages import GUARD, ZERO
@@ -18,7 +20,7 @@ if TYPE_CHECKING:
     from quire.space.vma import VMA, File
     from quire.space.windows import WindowsSpace
 
-__all__ = ["PROTECTION_NAMES", "Frames", "sample", "windows_sample"]
+__all__ = ["PROTECTION_NAMES", "Frames", "bundle", "framed", "sample", "windows_sample"]
 
 _PAGES_AT_MOST = 512
 """Rows of more pages are drawn without them."""
@@ -44,6 +46,22 @@ class Frames:
     def number(self, frame: Frame) -> int:
         """Return a frame's number, the same for as long as this object lives."""
         return self._numbers.setdefault(frame, len(self._numbers))
+
+
+def framed(space: AddressSpace) -> str:
+    """Draw the page of a space as it is now in a frame, as notebooks show HTML."""
+    return in_frame(_picture(space))
+
+
+def bundle(space: AddressSpace) -> dict[str, str]:
+    """Draw a space as it is now in each form that a notebook may ask for."""
+    picture = _picture(space)
+    return {"text/plain": repr(space), "text/html": in_frame(picture), "image/svg+xml": still(picture)}
+
+
+def _picture(space: AddressSpace) -> Picture:
+    now = sample(space, "now", Frames(), lambda _start: "")
+    return Picture("AddressSpace", (now,), "a model of a process's memory")
 
 
 def sample(

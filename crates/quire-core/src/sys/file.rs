@@ -34,6 +34,16 @@ pub fn stamp(fd: BorrowedFd<'_>) -> Result<Stamp, i32> {
     Ok(Stamp { dev: stat.st_dev, ino: stat.st_ino, size: stat.st_size as u64, mtime_ns })
 }
 
+/// Read once, from where the descriptor stands; how many bytes came, 0 at the end.
+///
+/// # Errors
+/// The errno of `read`, EINTR too.
+pub fn read(fd: BorrowedFd<'_>, into: &mut [u8]) -> Result<usize, i32> {
+    // SAFETY: pointer and length describe `into`, which outlives the call.
+    let n = unsafe { libc::read(fd.as_raw_fd(), into.as_mut_ptr().cast(), into.len()) };
+    usize::try_from(n).map_err(|_| errno())
+}
+
 /// Read until `into` is full or the file ends; how many bytes came.
 ///
 /// # Errors
