@@ -210,7 +210,7 @@ def children(pid: int | str = "self") -> set[int]:
     """Processes whose parent a process is."""
     found = set()
     for task in pathlib.Path(f"/proc/{pid}/task").iterdir():
-        with contextlib.suppress(FileNotFoundError):
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):
             found |= {int(word) for word in (task / "children").read_text().split()}
     return found
 

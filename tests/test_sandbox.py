@@ -1,5 +1,6 @@
 """What goes into a sandbox, what comes out, and what is left when code misbehaves."""
 
+import ast
 import contextlib
 import os
 import pathlib
@@ -105,6 +106,13 @@ def test_threads_may_run_it_at_the_same_time(snapshot) -> None:
     for thread in threads:
         thread.join()
     assert sums == [499500.0] * 2
+
+
+def test_it_finds_modules_where_its_starter_does(tmp_path, monkeypatch) -> None:
+    monkeypatch.syspath_prepend(tmp_path)
+    with run("import sys; print(sys.path)") as result:
+        found = ast.literal_eval(result.stdout)
+    assert found[: len(sys.path)] == [os.path.abspath(entry) for entry in sys.path]
 
 
 def test_the_example_of_the_documentation(capsys) -> None:
@@ -324,7 +332,7 @@ def _of_sandbox(pid: int | str) -> int:
     """Wait until a process has a child that is one of a sandbox: its pid."""
     while True:
         for child in children(pid):
-            with contextlib.suppress(FileNotFoundError):
+            with contextlib.suppress(FileNotFoundError, ProcessLookupError):
                 if b"quire.sandbox.program" in pathlib.Path(f"/proc/{child}/cmdline").read_bytes():
                     return child
         os.sched_yield()
@@ -345,11 +353,13 @@ def _has_ended(pidfd: int) -> bool:
 
 def test_it_ends_with_its_starter() -> None:
     with subprocess.Popen([sys.executable, "-c", LOOP]) as starter:
-        watcher = _of_sandbox(starter.pid)
-        inner = _of_sandbox(watcher)
-        _shut(inner)
-        ends = os.pidfd_open(watcher), os.pidfd_open(inner)
-        starter.kill()
+        try:
+            watcher = _of_sandbox(starter.pid)
+            inner = _of_sandbox(watcher)
+            _shut(inner)
+            ends = os.pidfd_open(watcher), os.pidfd_open(inner)
+        finally:
+            starter.kill()
     try:
         assert all(_has_ended(end) for end in ends)
         assert not list(pathlib.Path("/sys/fs/cgroup").rglob(f"quire-sandbox-{starter.pid}-*"))

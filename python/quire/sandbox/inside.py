@@ -38,7 +38,6 @@ def prepare(sock: socket.socket, given: dict[str, Any]) -> Callable[[], Any]:
                 raise TypeError(f"the input {name} is no snapshot")
             mapping = snapshot.map()
             arrays[name] = mapping.array(dtype, shape)
-    sys.path[:] = given["sys_path"]
     for name in given["imports"]:
         importlib.import_module(name)
     if given["source"] is not None:

@@ -25,7 +25,10 @@ __all__ = ["MAX_MESSAGE_BYTES", "command", "environment", "main"]
 MAX_MESSAGE_BYTES = 4096
 _MAX_TEXT = 1500
 
-_BOOT = "import sys; sys.path.insert(0, sys.argv[1]); from quire.sandbox.program import main; main()"
+# The caller's path: what it imports need not be where the interpreter looks by itself.
+_BOOT = (
+    "import json, sys; sys.path[:] = json.loads(sys.argv[1]); from quire.sandbox.program import main; main()"
+)
 
 # One thread from the start: doors are shut for one thread.
 _ENVIRONMENT = {
@@ -63,9 +66,13 @@ def command(control: int, answers: int, payload: int) -> list[str]:
     """
     if not sys.executable:
         raise RuntimeError("sys.executable is empty, so no sandbox can be started")
+    path = [os.path.abspath(entry) for entry in sys.path]
     home = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+    if home not in path:
+        # An editable installation may be found by a hook.
+        path.append(home)
     numbers = (str(each) for each in (os.getpid(), control, answers, payload))
-    return [sys.executable, "-I", "-B", "-c", _BOOT, home, *numbers]
+    return [sys.executable, "-I", "-B", "-c", _BOOT, json.dumps(path), *numbers]
 
 
 class _Failed(Exception):  # noqa: N818 - a message on its way

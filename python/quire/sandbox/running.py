@@ -6,7 +6,6 @@ import math
 import os
 import pickle
 import secrets
-import sys
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -88,7 +87,6 @@ def run(
             "function": function,
             "inputs": [(name, dtype, shape) for name, _, dtype, shape in shown],
             "imports": list(imports),
-            "sys_path": _sys_path(),
             "limits": limits,
             "exact": exact,
             "group": f"quire-sandbox-{os.getpid()}-{secrets.token_hex(4)}",
@@ -148,7 +146,3 @@ def _loaded(code: Callable[..., Any] | str | os.PathLike[str]) -> tuple[str | No
         ) from error
     pickled: bytes = cloudpickle.dumps(code)
     return None, pickled
-
-
-def _sys_path() -> list[str]:
-    return [os.path.abspath(entry) for entry in sys.path]
