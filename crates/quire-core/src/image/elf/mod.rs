@@ -314,6 +314,10 @@ impl<'d, E: FileHeader<Endian = Endianness>, R: ReadRef<'d>> View<'d, E, R> {
 
     fn interpreter(&self) -> Result<Option<Vec<u8>>> {
         for segment in self.segments {
+            // So it is in files of debugging symbols, which are not run.
+            if segment.p_filesz(self.endian).into() == 0 {
+                continue;
+            }
             let found = segment.interpreter(self.endian, self.data).map_err(|why| malformed("PT_INTERP", why))?;
             if let Some(name) = found {
                 if name.len() >= STRING_MAX {
