@@ -198,12 +198,13 @@ def _against_elffile(image: ElfImage, theirs: ELFFile, *, symbols: bool) -> list
     found += _differing(
         "segments", ours, [tuple(each[field] for field in fields) for each in theirs.iter_segments()]
     )
-    interpreters = [each for each in theirs.iter_segments() if each["p_type"] == "PT_INTERP"]
+    # In files of debugging symbols alone the segment is said to be there, and is not.
+    interpreters = [e for e in theirs.iter_segments() if e["p_type"] == "PT_INTERP" and e["p_filesz"]]
     found += _differing(
         "interpreter", image.interpreter, interpreters[0].get_interp_name() if interpreters else None
     )
     dynamic = [each for each in theirs.iter_segments() if each["p_type"] == "PT_DYNAMIC"]
-    # In files of debugging symbols alone the segment is said to be there, and is not.
+    # So it is with the dynamic section.
     if dynamic and image.dynamic:
         tags = [(tag.entry.d_val) for tag in dynamic[0].iter_tags() if tag.entry.d_tag != "DT_NULL"]
         found += _differing("dynamic", [entry.value for entry in image.dynamic], tags)

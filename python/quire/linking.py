@@ -27,6 +27,7 @@ __all__ = [
     "Linked",
     "all_linked",
     "link",
+    "source_of",
 ]
 
 WHOLE_OVERRIDE = "QUIRE_LIBRARIES"
@@ -88,10 +89,14 @@ class LibraryStats(NamedTuple):
 class Linked:
     """An object that is loaded, and those that were loaded for it. Made by ``link`` only."""
 
-    def __init__(self, name: str, native: _native.Library, needs: list[Linked]) -> None:
+    def __init__(
+        self, name: str, native: _native.Library, source: _native.Source, needs: list[Linked]
+    ) -> None:
         self.name = name
         """Path of the archive with the member's name behind it."""
         self.native = native
+        self.source = source
+        """All of its file, also what was not touched yet."""
         self.path = native.path
         """The name by which the dynamic linker knows it; to open it again counts a reference there."""
         self._needs = needs
@@ -196,8 +201,24 @@ def _link(archive: Archive, member: str, mode: int, whole: str | None, parent: _
             text = str(error).replace(native.path, name)
             raise LinkError(name, f"{_wanted(parent)} cannot be loaded: {text}") from error
         raise
-    linked = _objects[key] = Linked(name, native, needs)
+    linked = _objects[key] = Linked(name, native, source, needs)
     return linked._retain()
+
+
+def source_of(device: int, inode: int) -> _native.Source | None:
+    """Find what a loaded object's file has, by the numbers under which its memory is mapped.
+
+    Waits while others are loaded.
+
+    Returns:
+        Its source, which reads without filling anything in; None if no object that is loaded has that file.
+    """
+    with _lock:
+        for linked in _objects.values():
+            status = os.stat(linked.path)
+            if (status.st_dev, status.st_ino) == (device, inode):
+                return linked.source
+    return None
 
 
 def _wanted(parent: _Needed | None) -> str:

@@ -5,7 +5,6 @@
 
 #![deny(unsafe_code)]
 
-pub mod elf;
 pub mod error;
 mod forking;
 pub mod image;

@@ -6,12 +6,12 @@ import bisect
 import os
 from typing import TYPE_CHECKING, NamedTuple
 
-from quire import image
+from quire import image, linking
 from quire._native import PAGE_SIZE
 from quire.errors import Malformed, PageError
-from quire.process.kinds import Kind
+from quire.process.kinds import LIBRARY, Kind
 from quire.process.pages import read_pages
-from quire.sources import FileSource
+from quire.sources import FileSource, Source
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -191,11 +191,11 @@ def _place(maps: Maps, folder: Folder, vma: VMA, address: int, notes: list[str])
     owner = _image_below(maps, vma)
     if owner is None:
         return None
-    path = _file_of(folder, owner, notes)
-    if path is None:
-        return None
     try:
-        with FileSource(path) as source:
+        opened = _open(maps, folder, owner, notes)
+        if opened is None:
+            return None
+        with opened as source:
             program = image.read(source)
             loads = [segment for segment in program.segments if segment.kind == "LOAD"]
             base = _base(maps, owner, loads)
@@ -224,6 +224,21 @@ def _image_below(maps: Maps, vma: VMA) -> VMA | None:
             return None
         end = maps[index].start
     return maps[index]
+
+
+def _open(maps: Maps, folder: Folder, owner: VMA, notes: list[str]) -> Source | None:
+    """Open the file that is mapped."""
+    if owner.name.startswith(LIBRARY):
+        native = linking.source_of(owner.device, owner.inode) if maps.pid == os.getpid() else None
+        if native is not None:
+            # What is read of it through the file would be filled in by that, or be zeros.
+            return Source(native, owner.label)
+        notes.append(
+            "the file was loaded out of an archive: parts of it that the process never touched "
+            "read as zeros, so sections and symbols may be missing"
+        )
+    path = _file_of(folder, owner, notes)
+    return None if path is None else FileSource(path)
 
 
 def _file_of(folder: Folder, vma: VMA, notes: list[str]) -> str | None:
@@ -285,7 +300,7 @@ def _place_in(program: image.Image, loads: Sequence[Segment], at: int, *, is_fil
         (
             each
             for each in program.symbols()
-            if each.is_defined and each.kind != "TLS" and 0 < each.value <= at
+            if each.name and each.is_defined and each.kind != "TLS" and 0 < each.value <= at
         ),
         # Of several at one address the one that tells its size, and of these a global one.
         key=lambda each: (each.value, each.value + each.size > at, each.binding != "LOCAL"),

@@ -11,14 +11,17 @@ if TYPE_CHECKING:
 
     from quire.process.parsing import Columns
 
-__all__ = ["Kind", "Total", "classify"]
+__all__ = ["LIBRARY", "Kind", "Total", "classify"]
 
 
 class Kind(enum.StrEnum):
     """What a range of addresses is for."""
 
     IMAGE = "image"
-    """A file of which some VMA of the process is executable: programs, shared objects, all of their parts."""
+    """A file of which some VMA of the process is executable: programs, shared objects, all of their parts.
+
+    Shared objects that this library loaded out of archives too.
+    """
     MAPPED_FILE = "mapped file"
     """Any other file, a device too."""
     HEAP = "heap"
@@ -72,6 +75,8 @@ _SHARED_MEMORY = (
     b"anon_inode:",
 )
 _QUIRE = (b"/memfd:quire-", b"/memfd:quire:")
+LIBRARY = b"/memfd:quire:"
+"""How the names of files begin that hold shared objects out of archives (``quire.linking``)."""
 _PRIVATE_ACCESSIBLE = frozenset(
     f"{r}{w}{x}p" for r in "r-" for w in "w-" for x in "x-" if f"{r}{w}{x}" != "---"
 )
@@ -102,7 +107,9 @@ def classify(columns: Columns, stack_pointers: Collection[int] = (), threads: in
     programs = {
         file
         for file, protection, name in zip(files, protections, names, strict=True)
-        if file[2] and protection[2] == "x" and not name.startswith(_SHARED_MEMORY)
+        if file[2]
+        and protection[2] == "x"
+        and (name.startswith(LIBRARY) or not name.startswith(_SHARED_MEMORY))
     }
     # Where there are many VMAs, nearly all are private memory without a name: only the others are looked at.
     kinds = [Kind.PRIVATE] * len(starts)
@@ -128,7 +135,7 @@ def classify(columns: Columns, stack_pointers: Collection[int] = (), threads: in
 def _by_name(name: bytes, inode: int, protection: str, program: bool) -> Kind:
     """Tell the kind as far as one VMA alone decides."""
     if name.startswith(_QUIRE):
-        return Kind.QUIRE
+        return Kind.IMAGE if program else Kind.QUIRE
     if name.startswith(_SHARED_MEMORY):
         return Kind.SHAREABLE
     if inode or name.startswith(b"/"):

@@ -6,9 +6,8 @@ use std::ops::Range;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::sync::{Arc, Mutex, PoisonError};
 
-use super::plan::{Plan, Segment};
+use super::plan::{Linkage, Plan, Segment};
 use super::reader::Reader;
-use crate::elf::Linkage;
 use crate::pages::PAGE;
 use crate::region::{self, Backend, Discard, Figures, Region, RegionError, View};
 use crate::source::{self, Failure, Source};
@@ -95,24 +94,24 @@ impl Library {
             Some(reason) => reason,
             None if size < WORTH_BYTES => format!("its {size} bytes are not worth being left out"),
             None => match Self::paged(&source, name, window_bytes)? {
-                Ok(paged) => {
+                Ok(mut paged) => {
                     source::trim(0);
-                    return Self::of(size, Body::Paged(paged));
+                    let linkage = std::mem::take(&mut paged.plan.linkage);
+                    return Ok(Self::of(size, Body::Paged(paged), linkage));
                 }
                 Err(reason) => reason,
             },
         };
         let file = region::reading(|| copy(source.as_ref(), &label(name), crc))??;
         // Checked after it was copied: what is read twice might differ.
-        plan_of(Reader::of_file(&file, size)?)?;
-        Self::of(size, Body::Whole { file, reason })
+        let plan = plan_of(Reader::of_file(&file, size)?)?;
+        Ok(Self::of(size, Body::Whole { file, reason }, plan.linkage))
     }
 
-    fn of(size: u64, body: Body) -> std::result::Result<Self, RegionError> {
-        let linkage = Linkage::of_file(body.file())?;
+    fn of(size: u64, body: Body, linkage: Linkage) -> Self {
         let path = path_of(body.file());
         let state = Mutex::new(State::Prepared);
-        Ok(Self { path, linkage, body: Mutex::new(Some(body)), state, size })
+        Self { path, linkage, body: Mutex::new(Some(body)), state, size }
     }
 
     /// A region that shows the object, with what is needed at once filled in; or why that cannot be.

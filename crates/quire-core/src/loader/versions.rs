@@ -8,80 +8,90 @@ use object::{LittleEndian as LE, Pod, ReadRef};
 use super::plan::{Bytes, malformed};
 use crate::Result;
 
-/// More versions than any library has.
-const MOST: u64 = 1 << 16;
+/// The fewest bytes that an entry of any table takes.
+const ENTRY_BYTES: u64 = size_of::<Verdaux<LE>>() as u64;
 
 /// Offset in the file, and how many bytes the segment has from there on.
 type Place = Option<(u64, u64)>;
 
-pub struct Tables<R> {
+pub struct Tables<'a, R> {
     pub file: Bytes<R>,
     pub need: Place,
-    pub need_count: u64,
     pub define: Place,
-    pub define_count: u64,
+    /// Where in the file the string table is.
+    pub names: u64,
     pub names_bytes: u64,
+    /// The names of `DT_NEEDED`.
+    pub needed: &'a [Vec<u8>],
 }
 
-/// Follow both tables as the dynamic linker does. Returns the ranges of the file that they take.
-pub fn check<'d, R: ReadRef<'d>>(tables: &Tables<R>) -> Result<Vec<Range<u64>>> {
-    let mut found = Vec::new();
+pub struct Versions {
+    /// Ranges of the file that the tables take.
+    pub ranges: Vec<Range<u64>>,
+    /// The highest number that a version has; 0 if there is none.
+    pub highest: u16,
+}
+
+/// Follow both tables as the dynamic linker does: to the entry that says that it is the last, however many there should be.
+pub fn check<'d, R: ReadRef<'d>>(tables: &Tables<'_, R>) -> Result<Versions> {
+    let mut versions = Versions { ranges: Vec::new(), highest: 0 };
     if let Some((offset, room)) = tables.need {
-        let mut table = Table { tables, field: "DT_VERNEED", offset, room, end: 0 };
-        let (mut at, mut more) = (0, tables.need_count > 0);
-        table.limit(tables.need_count)?;
-        for _ in 0..tables.need_count {
-            if !more {
-                break;
+        let mut table = Table::new(tables, "DT_VERNEED", offset, room);
+        let mut at = Some(0);
+        while let Some(start) = at {
+            let entry: &Verneed<LE> = table.entry(start)?;
+            let library = table.name(entry.vn_file.get(LE))?;
+            // The dynamic linker ends the process if it has not loaded the library of a version.
+            if !tables.needed.iter().any(|needed| needed == library) {
+                let library = String::from_utf8_lossy(library);
+                return Err(malformed(table.field, format_args!("{library:?} has versions, but is not in DT_NEEDED")));
             }
-            let entry: &Verneed<LE> = table.entry(at)?;
-            table.name(entry.vn_file.get(LE))?;
-            let mut aux = at + u64::from(entry.vn_aux.get(LE));
-            for left in (0..entry.vn_cnt.get(LE)).rev() {
-                let version: &Vernaux<LE> = table.entry(aux)?;
+            let mut aux = Some(start + u64::from(entry.vn_aux.get(LE)));
+            while let Some(place) = aux {
+                let version: &Vernaux<LE> = table.entry(place)?;
                 table.name(version.vna_name.get(LE))?;
-                aux = table.step(aux, version.vna_next.get(LE), left > 0)?;
+                versions.highest = versions.highest.max(version.vna_other.get(LE).0 & 0x7fff);
+                aux = next(place, version.vna_next.get(LE));
             }
-            more = entry.vn_next.get(LE) != 0;
-            at += u64::from(entry.vn_next.get(LE));
+            at = next(start, entry.vn_next.get(LE));
         }
-        found.push(offset..offset + table.end);
+        versions.ranges.push(offset..offset + table.end);
     }
     if let Some((offset, room)) = tables.define {
-        let mut table = Table { tables, field: "DT_VERDEF", offset, room, end: 0 };
-        let (mut at, mut more) = (0, tables.define_count > 0);
-        table.limit(tables.define_count)?;
-        for _ in 0..tables.define_count {
-            if !more {
-                break;
-            }
-            let entry: &Verdef<LE> = table.entry(at)?;
-            let mut aux = at + u64::from(entry.vd_aux.get(LE));
-            for left in (0..entry.vd_cnt.get(LE)).rev() {
-                let name: &Verdaux<LE> = table.entry(aux)?;
-                table.name(name.vda_name.get(LE))?;
-                aux = table.step(aux, name.vda_next.get(LE), left > 0)?;
-            }
-            more = entry.vd_next.get(LE) != 0;
-            at += u64::from(entry.vd_next.get(LE));
+        let mut table = Table::new(tables, "DT_VERDEF", offset, room);
+        let mut at = Some(0);
+        while let Some(start) = at {
+            let entry: &Verdef<LE> = table.entry(start)?;
+            versions.highest = versions.highest.max(entry.vd_ndx.get(LE).0 & 0x7fff);
+            // Of its names only the first is read; the others are those of earlier versions.
+            let name: &Verdaux<LE> = table.entry(start + u64::from(entry.vd_aux.get(LE)))?;
+            table.name(name.vda_name.get(LE))?;
+            at = next(start, entry.vd_next.get(LE));
         }
-        found.push(offset..offset + table.end);
+        versions.ranges.push(offset..offset + table.end);
     }
-    Ok(found)
+    Ok(versions)
+}
+
+/// Where the next entry of a chain is.
+fn next(at: u64, step: u32) -> Option<u64> {
+    (step != 0).then(|| at + u64::from(step))
 }
 
 struct Table<'a, R> {
-    tables: &'a Tables<R>,
+    tables: &'a Tables<'a, R>,
     field: &'static str,
     offset: u64,
     room: u64,
     /// Of what was read.
     end: u64,
+    /// How many entries may still come, since entries do not overlap.
+    left: u64,
 }
 
-impl<'d, R: ReadRef<'d>> Table<'_, R> {
-    fn limit(&self, count: u64) -> Result<()> {
-        if count <= MOST { Ok(()) } else { Err(malformed(self.field, format_args!("{count} entries"))) }
+impl<'a, 'd, R: ReadRef<'d>> Table<'a, R> {
+    const fn new(tables: &'a Tables<'a, R>, field: &'static str, offset: u64, room: u64) -> Self {
+        Self { tables, field, offset, room, end: 0, left: room / ENTRY_BYTES }
     }
 
     fn entry<T: Pod>(&mut self, at: u64) -> Result<&'d T> {
@@ -89,23 +99,16 @@ impl<'d, R: ReadRef<'d>> Table<'_, R> {
         if end > self.room {
             return Err(malformed(self.field, format_args!("an entry at {at:#x} is not within the segment")));
         }
+        self.left = self.left.checked_sub(1).ok_or_else(|| malformed(self.field, "its entries do not end"))?;
         self.end = self.end.max(end);
         Ok(&self.tables.file.slice::<T>(self.field, self.offset + at, 1)?[0])
     }
 
-    fn name(&self, name: u32) -> Result<()> {
-        if u64::from(name) < self.tables.names_bytes {
-            return Ok(());
+    fn name(&self, name: u32) -> Result<&'d [u8]> {
+        if u64::from(name) >= self.tables.names_bytes {
+            return Err(malformed(self.field, format_args!("a name at {name:#x} is outside DT_STRTAB")));
         }
-        Err(malformed(self.field, format_args!("a name at {name:#x} is outside DT_STRTAB")))
-    }
-
-    /// The next entry of a chain that has more of them. The dynamic linker ends it at 0 and counts on nothing else.
-    fn step(&self, at: u64, next: u32, is_expected: bool) -> Result<u64> {
-        match (next, is_expected) {
-            (0, true) => Err(malformed(self.field, format_args!("its entries end at {at:#x}, before they should"))),
-            (1.., false) => Err(malformed(self.field, format_args!("its entries go on at {at:#x}, after the last"))),
-            _ => Ok(at + u64::from(next)),
-        }
+        let (start, end) = (self.tables.names + u64::from(name), self.tables.names + self.tables.names_bytes);
+        self.tables.file.name(self.field, start..end)
     }
 }
