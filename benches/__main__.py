@@ -10,6 +10,7 @@ from pathlib import Path
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 from benches import (
+    brokering,
     diff,
     faults,
     growth,
@@ -39,6 +40,7 @@ ROWS = (
     "images",
     "space",
     "sandbox",
+    "broker",
     "import",
     "growth",
 )
@@ -90,6 +92,8 @@ def main() -> int:
         rows += space.measure(plan)
     if announce("sandbox"):
         rows += sandbox.measure(plan)
+    if announce("broker"):
+        rows += brokering.measure(plan)
     started = starting.measure(plan) if announce("import") else None
     grown = growth.measure(plan) if announce("growth") else None
     report.write(

@@ -35,10 +35,19 @@ class RayGetter:
                 assert value[0] >= 0
                 return time.perf_counter() - start
 
+            def nothing(self) -> None:
+                pass
+
         self._ray = ray
         # Within a list a reference stays a reference.
         self._references = [ray.put(words)]
         self._actor: Any = ray.remote(Actor).remote()
+
+    def empty(self) -> float:
+        """Call the actor for nothing; return the seconds until its answer."""
+        start = time.perf_counter()
+        self._ray.get(self._actor.nothing.remote())
+        return time.perf_counter() - start
 
     def get(self) -> Got:
         """Get the object once, in the actor."""

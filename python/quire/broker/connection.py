@@ -130,6 +130,7 @@ class Connection(Port):
         self._tokens = limits.rate / 10
         self._refilled = time.monotonic()
         self._reading = False
+        self._writing = False
         self._paused = False
         self._deadline: asyncio.TimerHandle | None = None
         self._retry: asyncio.TimerHandle | None = None
@@ -299,7 +300,7 @@ class Connection(Port):
             try:
                 sent = self._sock.sendmsg([rest], ancillary, socket.MSG_NOSIGNAL)
             except BlockingIOError:
-                self._loop.add_writer(self._sock, self._writable)
+                self._write_on()
                 return
             except OSError as error:
                 if error.errno == errno.ETOOMANYREFS:
@@ -315,7 +316,18 @@ class Connection(Port):
                 self._unsent.popleft()
             else:
                 self._unsent[0] = rest[sent:], []
-        self._loop.remove_writer(self._sock)
+        self._write_no_more()
+
+    def _write_on(self) -> None:
+        if not self._writing:
+            self._writing = True
+            self._loop.add_writer(self._sock, self._writable)
+
+    def _write_no_more(self) -> None:
+        # The loop takes long to find that there is nothing to remove, and most replies are sent at once.
+        if self._writing:
+            self._writing = False
+            self._loop.remove_writer(self._sock)
 
     def _may_fly(self, count: int) -> bool:
         """Whether so many descriptors more may wait in the client's queue.
@@ -331,7 +343,7 @@ class Connection(Port):
         return True
 
     def _try_later(self) -> None:
-        self._loop.remove_writer(self._sock)
+        self._write_no_more()
         if self._retry is None:
             self._retry = self._loop.call_later(_RETRY_SECONDS, self._retry_now)
 
@@ -352,7 +364,7 @@ class Connection(Port):
         if self._retry is not None:
             self._retry.cancel()
         self._read_no_more()
-        self._loop.remove_writer(self._sock)
+        self._write_no_more()
         self._sock.close()
         discard(list(self._frames.descriptors))
         self._frames.descriptors.clear()
