@@ -394,6 +394,9 @@ def test_what_no_register_holds_is_misuse() -> None:
     for arguments in ((-1, 4096, R, PRIVATE), (0, 1 << 64, R, PRIVATE), (0, 4096, R, PRIVATE | 0x40000)):
         with pytest.raises(ValueError, match="mmap"):
             space.mmap(*arguments)
+    for address in (-1, 1 << 64):
+        with pytest.raises(ValueError, match="touch"):
+            space.touch(address)
     with pytest.raises(ValueError, match="advice"):
         space.madvise(0, 4096, 9999)
 

@@ -172,7 +172,7 @@ class AddressSpace:
             address: First address, a multiple of the page size.
             length: In bytes; rounded up to pages.
             advice: MADV_DONTNEED, MADV_FREE, MADV_DONTFORK, MADV_DOFORK, MADV_WIPEONFORK, MADV_KEEPONFORK,
-                MADV_GUARD_INSTALL or MADV_GUARD_REMOVE.
+                MADV_GUARD_INSTALL, which costs time and memory for each page, or MADV_GUARD_REMOVE.
 
         Returns:
             The outcome, of value 0.
@@ -194,7 +194,11 @@ class AddressSpace:
 
         Returns:
             The kind of fault with its reason. SIGSEGV and SIGBUS are kinds, too: they are not raised.
+
+        Raises:
+            ValueError: No register holds the address.
         """
+        mapping.check_word("touch", address=address)
         return faults.touch(self._state, address, write=write)
 
     def fork(self) -> Self:
