@@ -63,6 +63,9 @@ class Scene:
                 child("l.close(); c.close_handle(h)")
             c.unpublish(handle, "memory")
             assert c.describe(bank).used == [SIZE, 1, 2]
+            (found,) = [row for row in c.survey().banks if not row.name]
+            c.limit_bank(c.administer(found.number), 2 * MIB)
+            assert c.describe(bank).limit[0] == 2 * MIB
             c.destroy(bank)
             assert c.describe(c.bank).used == [0, 0, 0]
         self.check_nothing_is_held()

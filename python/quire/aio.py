@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from quire.broker.borrowed import Borrowed, Lease
 from quire.broker.link import Link
-from quire.broker.operations import Handle, Operations, Taken
+from quire.broker.operations import Handle, Operations, Survey, Taken
 from quire.broker.protocol import Rights
 
 if TYPE_CHECKING:
@@ -105,6 +105,26 @@ class Client:
         """Open a bank below another."""
         steps = self._operations.make_bank(parent or self.bank, limit_bytes, limit_objects, limit_descriptors)
         return await self._run(steps)
+
+    async def limit_bank(
+        self,
+        bank: Handle,
+        limit_bytes: int,
+        *,
+        limit_objects: int = 1 << 20,
+        limit_descriptors: int = 1 << 20,
+    ) -> None:
+        """Change the limits of a bank."""
+        steps = self._operations.limit_bank(bank, limit_bytes, limit_objects, limit_descriptors)
+        await self._run(steps)
+
+    async def survey(self) -> Survey:
+        """List every client, bank, object and lease; for administrators."""
+        return await self._run(self._operations.survey())
+
+    async def administer(self, number: int) -> Handle:
+        """Make a handle of anything that `survey` lists; for administrators."""
+        return await self._run(self._operations.administer(number))
 
     async def describe(self, handle: Handle) -> Description:
         """Tell what a handle stands for."""

@@ -23,6 +23,10 @@ COMMANDS = {
     "maps": "draw the address space of a process",
     "space": "models of address spaces: play a script of operations and draw each step",
     "broker": "lend memory to programs, account for it and take it back; a daemon",
+    "ls": "list the clients, banks, objects and leases of a broker",
+    "top": "watch the clients, banks and leases of a broker live",
+    "revoke": "take memory that a broker lends back from a client, or from all",
+    "bank": "list, create, limit and destroy the banks of a broker",
     "demo": "writer and reader processes share versions of real data; about a minute",
 }
 """Subcommands and their summaries. Each is a module of `quire.commands` with ``add_arguments(parser)`` and

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from quire.broker.borrowed import Borrowed, Lease
 from quire.broker.link import Link
-from quire.broker.operations import Handle, Operations, Taken
+from quire.broker.operations import Handle, Operations, Survey, Taken
 from quire.broker.protocol import Rights
 from quire.closing import Closing
 
@@ -117,6 +117,50 @@ class Client(Closing):
         """
         steps = self._operations.make_bank(parent or self.bank, limit_bytes, limit_objects, limit_descriptors)
         return self._run(steps)
+
+    def limit_bank(
+        self,
+        bank: Handle,
+        limit_bytes: int,
+        *,
+        limit_objects: int = 1 << 20,
+        limit_descriptors: int = 1 << 20,
+    ) -> None:
+        """Change the limits of a bank. Needs DESTROY, which its maker and administrators have.
+
+        Args:
+            bank: The bank.
+            limit_bytes: The most that it may pay for.
+            limit_objects: Likewise.
+            limit_descriptors: Likewise.
+
+        Raises:
+            QuotaExceeded: It pays for more than that already.
+        """
+        steps = self._operations.limit_bank(bank, limit_bytes, limit_objects, limit_descriptors)
+        self._run(steps)
+
+    def survey(self) -> Survey:
+        """List every client, bank, object and lease. For administrators: root and the broker's own user.
+
+        It takes several requests, so what changes meanwhile may be in one list and not in another.
+
+        Raises:
+            PermissionError: This process runs as somebody else.
+        """
+        return self._run(self._operations.survey())
+
+    def administer(self, number: int) -> Handle:
+        """Make a handle of anything that `survey` lists. For administrators.
+
+        Args:
+            number: Of a bank, memory, a snapshot or a factory.
+
+        Returns:
+            A handle with the rights to end it, of memory also to take it back; of a bank also to make others
+            below it. None lets anybody read what is in it.
+        """
+        return self._run(self._operations.administer(number))
 
     def describe(self, handle: Handle) -> Description:
         """Tell what a handle stands for, in the broker's words; of a bank also what is used and the limits.

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
+from quire.broker.metrics import address
+
 if TYPE_CHECKING:
     from pathlib import Path
 
@@ -56,6 +58,12 @@ class Config(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
     names: int = 256
     connections: int = 256
     frame_seconds: float = 5.0
+    metrics: str = ""
+    """``HOST:PORT`` on which Prometheus may read; empty is none. Whoever reaches it can read it."""
+    log_format: str = "json"
+    """``json``, an object a line, or ``text``."""
+    log_level: str = "info"
+    """``debug`` (every request), ``info`` (what changes something), ``warning`` or ``error``."""
     banks: list[BankConfig] = []
 
     @property
@@ -86,4 +94,12 @@ def load(path: str | Path | None, **given: Any) -> Config:
         raise ValueError(f"configuration: {error}") from error
     if config.policy not in ("cut", "disconnect", "kill"):
         raise ValueError(f"configuration: policy {config.policy!r} is not cut, disconnect or kill")
+    if config.log_format not in ("json", "text"):
+        raise ValueError(f"configuration: log_format {config.log_format!r} is not json or text")
+    if config.log_level not in ("debug", "info", "warning", "error"):
+        raise ValueError(
+            f"configuration: log_level {config.log_level!r} is not debug, info, warning or error"
+        )
+    if config.metrics:
+        address(config.metrics)
     return config

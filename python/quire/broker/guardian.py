@@ -14,7 +14,10 @@ import select
 import signal
 import socket
 import struct
-import sys
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 __all__ = ["Guardian"]
 
@@ -27,17 +30,19 @@ _FIRST = 3
 class Guardian:
     """Runs one broker after another, each with what the one before it had kept."""
 
-    def __init__(self, listener: socket.socket, argv: list[str]) -> None:
+    def __init__(self, listener: socket.socket, argv: list[str], report: Callable[[str], None]) -> None:
         """Prepare.
 
         Args:
             listener: The listening socket; belongs to the guardian from now on.
             argv: The broker's command line, the program's path first.
+            report: Is told what happened, a line of text; must not block.
 
         Raises:
             OSError: The kernel refused.
         """
         self._argv = argv
+        self._report = report
         self._kept: dict[str, int] = {}
         self._listener = listener
         self._notices = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC)
@@ -68,9 +73,9 @@ class Guardian:
             # SIGKILL is somebody else's doing; what dies by itself, or at its start, may do so for ever.
             killer = os.WTERMSIG(status)
             failures = 0 if self._was_ready and killer == signal.SIGKILL else failures + 1
-            sys.stderr.write(f"quire broker: killed by signal {killer}, starting it again\n")
+            self._report(f"killed by signal {killer}, starting it again")
             if failures >= _MAX_FAILURES:
-                sys.stderr.write(f"quire broker: crashed {failures} times in a row\n")
+                self._report(f"crashed {failures} times in a row")
                 return 1
 
     def _stop(self, number: int, _frame: object) -> None:

@@ -18,10 +18,12 @@ from quire.snapshot import Snapshot
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator, Mapping, Sequence
 
+    from quire.broker.rows import BankRow, ClientRow, LeaseRow, ObjectRow
+
     Result = TypeVar("Result")
     Steps: TypeAlias = Generator["Step", Any, Result]
 
-__all__ = ["Handle", "Operations", "Step", "Taken"]
+__all__ = ["Handle", "Operations", "Step", "Survey", "Taken"]
 
 
 class Handle(NamedTuple):
@@ -46,6 +48,15 @@ class Taken(NamedTuple):
     outcomes: list[protocol.Outcome]
     freed_bytes: int
     moved_bytes: int
+
+
+class Survey(NamedTuple):
+    """Everything that a broker knows of; each list in the order of the numbers."""
+
+    clients: list[ClientRow]
+    banks: list[BankRow]
+    objects: list[ObjectRow]
+    leases: list[LeaseRow]
 
 
 class Operations:
@@ -80,6 +91,36 @@ class Operations:
                 )
             )
         )
+
+    def limit_bank(
+        self, bank: Handle, limit_bytes: int, limit_objects: int, limit_descriptors: int
+    ) -> Steps[None]:
+        """Change the limits of a bank."""
+        fields = {
+            "handle": bank.number,
+            "limit_bytes": limit_bytes,
+            "limit_objects": limit_objects,
+            "limit_descriptors": limit_descriptors,
+        }
+        yield Step(protocol.LimitBank, fields)
+
+    def survey(self) -> Steps[Survey]:
+        """Everything that there is."""
+        found = Survey([], [], [], [])
+        for what in Survey._fields:
+            rows: list[Any] = getattr(found, what)
+            more = True
+            while more:
+                fields = {"what": what, "after": rows[-1].number if rows else 0}
+                reply: protocol.Listed = yield Step(protocol.List, fields)
+                new = getattr(reply, what)
+                rows += new
+                more = reply.more and bool(new)
+        return found
+
+    def administer(self, number: int) -> Steps[Handle]:
+        """A handle of anything."""
+        return self._handle((yield Step(protocol.Administer, {"number": number})))
 
     def describe(self, handle: Handle) -> Steps[protocol.Description]:
         """Look at a handle."""

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, TypeAlias
 
 import msgspec
 
+from quire.broker.rows import BankRow, ClientRow, LeaseRow, ObjectRow
 from quire.errors import Malformed
 
 if TYPE_CHECKING:
@@ -258,6 +259,29 @@ class Destroy(Request, frozen=True):
     deadline_ms: int = 100
 
 
+class LimitBank(Request, frozen=True):
+    """Change the limits of a bank; needs DESTROY on it."""
+
+    handle: int
+    limit_bytes: int
+    limit_objects: int
+    limit_descriptors: int
+
+
+class List(Request, frozen=True):
+    """Tell of everything that there is, in the order of the numbers; for administrators."""
+
+    what: str
+    """``clients``, ``banks``, ``objects`` or ``leases``."""
+    after: int = 0
+
+
+class Administer(Request, frozen=True):
+    """Make a handle of what has a number in `List`, to end it or take it back; for administrators."""
+
+    number: int
+
+
 class Acknowledge(Message, frozen=True):
     """Tell that what an event asked for is done, or that it cannot be. No reply."""
 
@@ -292,6 +316,9 @@ ClientMessage: TypeAlias = (
     | Describe
     | Close
     | Destroy
+    | LimitBank
+    | List
+    | Administer
     | Acknowledge
 )
 
@@ -395,6 +422,16 @@ class Description(Reply, frozen=True):
     limit: list[int] = []
 
 
+class Listed(Reply, frozen=True):
+    """Answers List: rows of the kind that was asked for."""
+
+    clients: list[ClientRow] = []
+    banks: list[BankRow] = []
+    objects: list[ObjectRow] = []
+    leases: list[LeaseRow] = []
+    more: bool = False
+
+
 class Fault(Reply, frozen=True):
     """Answers a request that failed; nothing was changed unless the document says so."""
 
@@ -458,6 +495,7 @@ ServerMessage: TypeAlias = (
     | HolderList
     | Revoked
     | Description
+    | Listed
     | Fault
     | RevokeEvent
     | HoldEvent
@@ -474,6 +512,8 @@ _replies: msgspec.msgpack.Decoder[ServerMessage] = msgspec.msgpack.Decoder(Serve
 _BOUNDS = {
     "id": _U32,
     "serial": _U63,
+    "number": _U63,
+    "after": _U63,
     "handle": _U32,
     "snapshot": _U32,
     "bank": _U32,

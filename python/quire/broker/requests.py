@@ -12,7 +12,7 @@ import os
 from typing import TYPE_CHECKING, TypeAlias, cast
 
 from quire import _native
-from quire.broker import objects, protocol
+from quire.broker import objects, protocol, rows
 from quire.broker.banks import Amount, Bank
 from quire.broker.connection import discard
 from quire.broker.crashpoints import crash_point
@@ -41,6 +41,16 @@ _INLINE_BYTES = 256 << 10
 _MAX_HOLDERS = 500
 # Half of what a lender may make of it, so that a lessee cannot keep parts from being taken back.
 _MAX_GIVEN_PARTS = MAX_PARTS // 2
+
+
+def _check_administrator(session: Session) -> None:
+    """Let pass the broker's own user and root, who could do anything to its process anyhow.
+
+    Raises:
+        PermissionError: The client runs as somebody else.
+    """
+    if session.uid not in (0, os.geteuid()):
+        raise PermissionError("only root and the broker's own user may administer it")
 
 
 class Requests:
@@ -147,6 +157,33 @@ class Requests:
         bank = self._world.make_bank(parent, limit)
         rights = ALL_RIGHTS & ~(Rights.LEND | Rights.SNAPSHOT)
         return protocol.Handle(message.id, self._give(session, bank, rights), int(rights)), []
+
+    def _limitbank(self, session: Session, message: protocol.LimitBank) -> Answer:
+        bank = self._bank(session, message.handle, Rights.DESTROY)
+        limit = Amount(message.limit_bytes, message.limit_objects, message.limit_descriptors)
+        self._world.limit_bank(bank, limit)
+        return protocol.Done(message.id), []
+
+    # Administration
+
+    def _list(self, session: Session, message: protocol.List) -> Answer:
+        _check_administrator(session)
+        found, more = rows.page(self._world, message.what, message.after)
+        return protocol.Listed(message.id, **{message.what: found}, more=more), []  # type: ignore[arg-type]
+
+    def _administer(self, session: Session, message: protocol.Administer) -> Answer:
+        _check_administrator(session)
+        target = self._world.banks.get(message.number) or self._world.objects.get(message.number)
+        if target is None or target.dead:
+            raise LookupError(f"nothing has the number {message.number}")
+        if isinstance(target, Bank):
+            # What the broker needs itself is bounded by its configuration and ends with it.
+            own = target.parent is None or (target.parent.parent is None and target.name)
+            rights = Rights.READ if own else ALL_RIGHTS & ~(Rights.SNAPSHOT | Rights.LEND)
+        else:
+            # To take back and to end, not to look into.
+            rights = Rights.LEND | Rights.DESTROY if isinstance(target, Memory) else Rights.DESTROY
+        return protocol.Handle(message.id, self._give(session, target, rights), int(rights)), []
 
     # Memory
 
@@ -460,6 +497,8 @@ class Requests:
         banks = list(bank.below())
         for each in banks:
             each.dead = True
+        for name in [name for name, entry in self._world.names.items() if entry.target in banks]:
+            self._world.drop_name(name)
         ended = [held for held in self._world.objects.values() if held.bank in banks]
         memories = [held for held in ended if isinstance(held, Memory)]
         for held in ended:

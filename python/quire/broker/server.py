@@ -15,13 +15,14 @@ import sys
 from collections import deque
 from typing import TYPE_CHECKING, Any
 
-from quire.broker import protocol
+from quire.broker import events, protocol
 from quire.broker.banks import UNLIMITED, Amount
 from quire.broker.connection import Connection, Limits, discard
 from quire.broker.crashpoints import crash_point
 from quire.broker.factory import Announcer
 from quire.broker.journal import Journal
 from quire.broker.keeper import Keeper, inherited
+from quire.broker.metrics import Counters, exporting
 from quire.broker.protocol import Rights
 from quire.broker.recovery import restore
 from quire.broker.requests import Requests
@@ -116,6 +117,7 @@ class Server:
             frame_seconds=config.frame_seconds,
         )
         self._turns = Turns()
+        self.counters = Counters()
         self._connections: set[Connection] = set()
         self._queues: dict[Connection, deque[tuple[protocol.Request, list[int]]]] = {}
         self._busy: set[Connection] = set()
@@ -222,9 +224,11 @@ class Server:
 
     def _closed(self, connection: Connection) -> None:
         if connection.why:
-            _log.warning(
-                "client pid %d uid %d was cut off: %s", connection.pid, connection.uid, connection.why
-            )
+            self.counters.dropped += 1
+            fields = {"pid": connection.pid, "uid": connection.uid, "why": connection.why}
+            if connection.session is not None:
+                fields["client"] = connection.session.number
+            _log.warning("connection closed by the broker", extra={"fields": fields})
         self._connections.discard(connection)
         for _, descriptors in self._queues.pop(connection, ()):
             discard(descriptors)
@@ -234,6 +238,8 @@ class Server:
                 os.close(connection.pidfd)
             return
         session.port = None
+        if not connection.why:
+            _log.info("disconnected", extra={"fields": events.client_fields(session)})
         self.revoker.lost(session)
         self.announcer.lost(session)
         if len(session.grips) == 1 and not session.leases:
@@ -337,6 +343,7 @@ class Server:
             return
         session = connection.session
         assert session is not None
+        session.requests += 1
         number, payload, names = session.replies.get(message.id % _REPLIES, (-1, b"", []))
         if number == message.id:
             # The client did not get the reply before the broker was restarted.
@@ -377,6 +384,7 @@ class Server:
         """Make what a request changed last, and answer it."""
         name = type(message).__name__.lower()
         reply, names = answer
+        self._count(session, message, reply)
         frame = protocol.encode(reply, len(names))
         crash_point(f"{name}:applied")
         if self.world.journal.pending and session.number in self.world.sessions:
@@ -390,12 +398,21 @@ class Server:
         if isinstance(message, protocol.Bye):
             connection.drop("")
 
+    def _count(self, session: Session, message: protocol.Request, reply: protocol.Reply) -> None:
+        """Count and log what was carried out."""
+        self.counters.requests[type(message).__name__.lower()] += 1
+        if isinstance(reply, protocol.Revoked):
+            self.counters.moved_bytes += reply.moved_bytes
+            self.counters.outcomes.update(outcome.result for outcome in reply.outcomes)
+        events.carried_out(session, message, reply)
+
     def _fault(self, connection: Connection, message: protocol.Request, error: Exception) -> None:
         self.world.commit()
         kind = fault_of(error)
         if kind is None:
             _log.error("a request failed: %r", message, exc_info=error)
             kind = "internal", 0
+        self.counters.faults[kind[0]] += 1
         text = str(error.args[0]) if isinstance(error, LookupError) and error.args else str(error)
         reply = protocol.Fault(message.id, kind[0], text[:1000], kind[1])
         self._answer(connection, message.id, protocol.encode(reply), [])
@@ -468,6 +485,8 @@ class Server:
         session.pidfd = connection.pidfd
         session.port = connection
         connection.session = session
+        self.counters.requests["hello"] += 1
+        _log.info("connected", extra={"fields": events.client_fields(session) | {"resumed": resumed}})
         crash_point("hello:applied")
         self.world.commit()
         crash_point("hello:committed")
@@ -515,7 +534,11 @@ def serve(path: str | None, config: Config) -> int:
     keeper = Keeper(os.environ.pop("NOTIFY_SOCKET", None))
     # Threads look through /proc of clients; the loop must not wait for one of them for as long as 5 ms.
     sys.setswitchinterval(_SWITCH_SECONDS)
-    return asyncio.run(_main(listener, config, keeper, found))
+    writer = events.start(sys.stderr.fileno(), form=config.log_format, level=config.log_level)
+    try:
+        return asyncio.run(_main(listener, config, keeper, found))
+    finally:
+        writer.stop()
 
 
 def listen(path: str) -> socket.socket:
@@ -568,8 +591,9 @@ async def _main(listener: socket.socket, config: Config, keeper: Keeper, found: 
     end = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, end.set)
-    server.start()
-    keeper.ready()
-    await end.wait()
-    await server.close()
+    async with exporting(config.metrics, server.world, server.counters):
+        server.start()
+        keeper.ready()
+        await end.wait()
+        await server.close()
     return 0

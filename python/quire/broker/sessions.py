@@ -58,6 +58,8 @@ class Session:
         self.grips: dict[int, Grip] = {}
         self.next_handle = 1
         self.leases: dict[int, Lease] = {}
+        # Since this broker was started; for administrators.
+        self.requests = 0
         self.subscriptions: dict[Held, int] = {}
         self.replies: dict[int, tuple[int, bytes, list[str]]] = {}
         # The connection, for whoever sends events; None while there is none.

@@ -146,6 +146,18 @@ class World:
         above = bank.parent.number if bank.parent else 0
         self.journal.put(f"b{bank.number}", [above, list(bank.limit), bank.name])
 
+    def limit_bank(self, bank: Bank, limit: Amount) -> None:
+        """Change the limits of a bank.
+
+        Raises:
+            QuotaExceeded: It pays for more than that already; nothing was changed.
+        """
+        for what, used, most in zip(Amount._fields, bank.used, limit, strict=True):
+            if used > most:
+                raise QuotaExceeded(f"bank {bank.number} pays for {used} {what}, more than {most}")
+        bank.limit = limit
+        self.put_bank(bank)
+
     def drop_bank(self, bank: Bank) -> None:
         """Close an empty bank."""
         parent = bank.parent

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import sys
 from typing import TYPE_CHECKING, Any
 
 from quire.broker import config as configuration
-from quire.broker import guardian, server
+from quire.broker import events, guardian, server
+from quire.errors import Unsupported
 
 if TYPE_CHECKING:
     import argparse
@@ -40,7 +40,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="BYTES",
         help="for all clients together; K, M, G, T (half of the memory)",
     )
-    parser.add_argument("--config", metavar="FILE", help="limits and policy, TOML; see docs/broker.md")
+    parser.add_argument("--config", metavar="FILE", help="limits, policy, logs; TOML, see docs/broker.md")
+    parser.add_argument("--metrics", metavar="HOST:PORT", help="let Prometheus read there")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -48,12 +49,13 @@ def run(args: argparse.Namespace) -> int:
     given: dict[str, Any] = {}
     if args.limit is not None:
         given["limit_bytes"] = args.limit
+    if args.metrics is not None:
+        given["metrics"] = args.metrics
     try:
         config = configuration.load(args.config, **given)
     except (OSError, ValueError) as error:
         sys.stderr.write(f"quire broker: {error}\n")
         return 1
-    logging.basicConfig(stream=sys.stderr, format="quire broker: %(levelname)s %(message)s")
     try:
         if "LISTEN_FDS" in os.environ or "NOTIFY_SOCKET" in os.environ:
             return server.serve(args.socket, config)
@@ -65,13 +67,19 @@ def run(args: argparse.Namespace) -> int:
             argv += ["--limit", str(args.limit)]
         if args.config is not None:
             argv += ["--config", args.config]
+        if args.metrics is not None:
+            argv += ["--metrics", args.metrics]
         listener = server.listen(args.socket)
         try:
-            return guardian.Guardian(listener, argv).run()
+
+            def report(event: str) -> None:
+                events.tell(sys.stderr.fileno(), config.log_format, event)
+
+            return guardian.Guardian(listener, argv, report).run()
         finally:
             # Until it is closed nobody else can have bound the path.
             os.unlink(args.socket)
             listener.close()
-    except OSError as error:
+    except (OSError, Unsupported) as error:
         sys.stderr.write(f"quire broker: {error}\n")
         return 1
