@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
@@ -73,6 +74,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(arguments)
     try:
         status: int = args.run(args)
+        # Here, and not at the end of the process, where nobody can say that nobody reads.
+        sys.stdout.flush()
+    except BrokenPipeError:
+        if getattr(args, "is_program", False):
+            raise
+        # Whoever read has seen enough, like head. What is still buffered must not complain again.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
     except KeyboardInterrupt:
         if getattr(args, "is_program", False):
             # What was interrupted is the user's program: it ends as under Python itself.
