@@ -27,6 +27,8 @@ def compiled(folder: pathlib.Path, name: str, source: str, *flags: str, language
     compiler = {"c": "cc", "c++": "c++"}[language]
     code = folder / f"{name}.{language}"
     code.write_text(source, "ascii")
+    # Unique symbols, of which C++ makes some, would keep a library from being unloaded.
+    flags = ("-fno-gnu-unique", *flags) if language == "c++" else flags
     command = [compiler, "-shared", "-fPIC", "-O1", "-x", language, code, "-x", "none", "-o", folder / name]
     subprocess.run([*command, f"-L{folder}", *flags], check=True, capture_output=True, text=True)
     return folder / name

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import threading
 import zipfile
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -18,7 +19,7 @@ from libraries import CODE_BYTES, LARGE, TABLE_BYTES, compiled, zipped
 from support import MIB
 
 import quire
-from quire import image
+from quire import image, linking
 from quire.image import fatelf
 
 Folder = pathlib.Path
@@ -61,6 +62,14 @@ def large(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
 @pytest.fixture(scope="module")
 def archive(large: pathlib.Path) -> pathlib.Path:
     return zipped(large.parent / "large.zip", large)
+
+
+@pytest.fixture(autouse=True)
+def nothing_stays_loaded() -> Iterator[None]:
+    """What is left would be there in the children of other tests, which want to start without."""
+    before = len(linking.all_linked())
+    yield
+    assert len(linking.all_linked()) == before
 
 
 @pytest.fixture
@@ -221,16 +230,21 @@ def test_what_the_dynamic_linker_runs_or_writes_is_loaded_whole(tmp_path: Folder
     library = image.load(f"{archive}!/libifunc.so")
     assert "IFUNC" in library.stats.whole
     assert library.call() == 1
+    library.close()
     library = image.load(f"{archive}!/libtextrel.so")
     assert "text relocations" in library.stats.whole
     assert library.walk() == 7
-    assert image.load(f"{archive}!/libtextrel.so", lazy=False).stats.whole.endswith("text relocations")
+    again = image.load(f"{archive}!/libtextrel.so", lazy=False)
+    assert again.stats.whole.endswith("text relocations"), "it is the same object"
+    again.close()
+    library.close()
 
 
 def test_loading_whole_when_asked(large: pathlib.Path, archive: pathlib.Path) -> None:
     library = image.load(large.read_bytes(), lazy=False)
     assert library.stats.whole == "that was asked for"
     assert library.walk() == 7
+    library.close()
     script = (
         "import sys; from quire import image; print(image.load(sys.argv[1] + '!/liblarge.so').stats.whole)"
     )
@@ -289,6 +303,7 @@ int count(void) { zero[2999]++; return counter++ * 10 + zero[2999]; }
 
         assert list(pool.map(count, range(8))) == [[51, 62, 73]] * 8
     assert library.count() == 51
+    library.close()
 
 
 THROWS = """
@@ -322,6 +337,8 @@ def test_exceptions_cross_libraries(tmp_path: Folder) -> None:
     assert a.catch_own() == 1
     assert a.catch_of(b.throw_it) == 101
     assert ctypes.CDLL(str(both[0])).catch_of(b.throw_it) == 101
+    assert a.close()
+    assert b.close()
 
 
 def test_dladdr(library: image.Library) -> None:
@@ -470,7 +487,11 @@ def test_what_it_needs_comes_from_the_archive(tmp_path: Folder) -> None:
         out.write(outer, "lib/libouter.so")
     library = image.load(f"{archive}!/lib/libouter.so")
     assert library.outer() == 42
-    assert image.load(f"{archive}!/deps/libinner.so").stats.whole == ""
+    inner_too = image.load(f"{archive}!/deps/libinner.so")
+    assert inner_too.stats.whole == ""
+    assert not inner_too.close()
+    assert library.close()
+    assert not linking.all_linked(), "what was loaded for it is given back with it"
     with zipfile.ZipFile(tmp_path / "less.zip", "w") as out:
         out.write(outer, "lib/libouter.so")
     before = len(os.listdir("/proc/self/fd"))
