@@ -37,9 +37,12 @@ __all__ = [
     "ZstdSource",
     "cache_directory",
     "data_start",
+    "file_identity",
     "kind_of",
     "open_archive",
     "open_source",
+    "split_archive",
+    "zip_member",
 ]
 
 Path = str | os.PathLike[str]
@@ -158,11 +161,12 @@ class Source(Closing):
         return f"<quire.{type(self).__name__} {self.name}: {state}>"
 
 
-_Identity = tuple[int, int, int, int]
+Identity = tuple[int, int, int, int]
 
 
-def _identity(fd: int) -> _Identity:
-    status = os.fstat(fd)
+def file_identity(file: str | int) -> Identity:
+    """Tell, of a path or descriptor, which file it is and which state of it: device, inode, size, change."""
+    status = os.stat(file)
     return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
 
 
@@ -176,7 +180,7 @@ class _OnFile(Source):
         try:
             if not stat.S_ISREG(os.fstat(fd).st_mode):
                 raise ValueError(f"{self.path} is no regular file")
-            self._identity = _identity(fd)
+            self._identity = file_identity(fd)
             name = name or self.path
             try:
                 native = wrap(fd)
@@ -194,7 +198,7 @@ class _OnFile(Source):
         return _reopen, (type(self), self._arguments(), self._identity)
 
 
-def _reopen(kind: type[_OnFile], arguments: tuple[Any, ...], identity: _Identity) -> Source:
+def _reopen(kind: type[_OnFile], arguments: tuple[Any, ...], identity: Identity) -> Source:
     source = kind(*arguments)
     if source._identity != identity:
         source.close()

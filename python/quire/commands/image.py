@@ -9,7 +9,7 @@ import sys
 import zipfile
 from typing import TYPE_CHECKING
 
-from quire.commands.maps import console, write
+from quire.commands.drawing import console, write
 from quire.errors import Malformed, QuireError
 from quire.image.facts import as_dict, security
 from quire.image.layout import layout_of

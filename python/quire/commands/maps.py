@@ -9,8 +9,8 @@ import os
 import sys
 from typing import TYPE_CHECKING
 
+from quire.commands.drawing import console, write
 from quire.errors import Unsupported
-from quire.output import whole_file
 from quire.pictures.page import page
 from quire.pictures.still import still
 from quire.pictures.text import printable
@@ -20,13 +20,10 @@ from quire.process.picture import picture
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
-    from rich.console import Console
-
     from quire.process import Maps
 
-__all__ = ["add_arguments", "console", "run", "write"]
+__all__ = ["add_arguments", "run"]
 
-_PIPE_WIDTH = 140
 _INTERVAL_AT_MOST_S = 86400.0
 _COLUMNS = ("kind", "committed", "resident", "proportional", "unique", "dirty", "swapped")
 
@@ -63,9 +60,7 @@ def run(args: argparse.Namespace) -> int:
         _print(samples, args)
         sys.stdout.flush()
     except BrokenPipeError:
-        # Whoever reads has seen enough; nothing can be told them, not when Python ends either.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
+        raise  # whoever reads has seen enough: the command knows what to do then
     except (OSError, ValueError, Unsupported) as error:
         text = error.strerror if isinstance(error, (ProcessLookupError, PermissionError)) else str(error)
         sys.stderr.write(f"quire maps: {text or error}\n")
@@ -73,34 +68,6 @@ def run(args: argparse.Namespace) -> int:
     for problem in samples[-1].partial:
         sys.stderr.write(f"quire maps: not complete: {printable(problem)}\n")
     return 0
-
-
-def console() -> Console:
-    """Return a console of rich on stdout.
-
-    Raises:
-        Unsupported: rich is not installed.
-    """
-    try:
-        from rich.console import Console  # noqa: PLC0415 - an extra: only drawing in a terminal needs it
-    except ImportError as error:
-        raise Unsupported(
-            f"drawing in a terminal needs rich: pip install 'quire[tools]' ({error})"
-        ) from error
-    # What is no terminal has no width; lines for files and pipes have room for all columns.
-    width = None if sys.stdout.isatty() or "COLUMNS" in os.environ else _PIPE_WIDTH
-    return Console(highlight=False, markup=False, emoji=False, width=width)
-
-
-def write(path: str, document: str, *, force: bool) -> None:
-    """Write a document as UTF-8, whole or not at all.
-
-    Raises:
-        FileExistsError: It exists, and there is no ``force``.
-        OSError: It cannot be written.
-    """
-    with whole_file(path, force=force) as file:
-        file.write(document.encode("utf-8"))
 
 
 def _pid(text: str) -> int:

@@ -7,7 +7,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from quire.commands.maps import console, write
+from quire.commands.drawing import console, write
 from quire.errors import QuireError
 from quire.pictures.model import Picture
 from quire.pictures.page import page

@@ -509,11 +509,4 @@ class ElfImage(Image):
 
 
 def _protection(flags: int) -> Protection:
-    found = Protection.NONE
-    if flags & PF_R:
-        found |= Protection.READ
-    if flags & PF_W:
-        found |= Protection.WRITE
-    if flags & PF_X:
-        found |= Protection.EXEC
-    return found
+    return Protection.of(read=flags & PF_R, write=flags & PF_W, execute=flags & PF_X)

@@ -5,14 +5,14 @@ from __future__ import annotations
 import ctypes
 import itertools
 import os
-from typing import IO, TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, Self
 
 from quire import _native
 from quire.errors import PageError
 from quire.image import fatelf
 from quire.image.content import as_source
 from quire.linking import LibraryStats, Linked, link
-from quire.sources import FileSource, open_archive, split_archive, zip_member
+from quire.sources import FileSource, file_identity, open_archive, split_archive, zip_member
 
 if TYPE_CHECKING:
     from collections.abc import Hashable, Sequence
@@ -85,25 +85,20 @@ class Library(ctypes.CDLL):
         return linked.release()
 
 
-def _identity(file: IO[bytes]) -> Hashable:
-    status = os.fstat(file.fileno())
-    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
-
-
 class _Zip:
     """A zip archive as `quire.linking` wants one."""
 
     def __init__(self, path: str) -> None:
         self.archive = path
         with open(path, "rb") as file, open_archive(file, path) as self._directory:
-            self.identity: Hashable = _identity(file)
+            self.identity: Hashable = file_identity(file.fileno())
 
     def find(self, places: Sequence[str]) -> tuple[Archive, str] | None:
         return next(((self, place) for place in places if place in self._directory.NameToInfo), None)
 
     def source(self, member: str) -> tuple[_native.Source, int | None]:
         with open(self.archive, "rb") as file:
-            if _identity(file) != self.identity:
+            if file_identity(file.fileno()) != self.identity:
                 raise PageError(f"{self.archive} has changed since its directory was read")
             below = _native.Source.file(file.fileno())
             native = zip_member(self._directory, file, below, member, f"{self.archive}!/{member}")

@@ -22,6 +22,15 @@ class Protection(enum.IntFlag):
     WRITE = 2
     EXEC = 4
 
+    @classmethod
+    def of(cls, *, read: object, write: object, execute: object) -> Protection:
+        """Take what is allowed from flags of a format, each true or false."""
+        return (
+            (cls.READ if read else cls.NONE)
+            | (cls.WRITE if write else cls.NONE)
+            | (cls.EXEC if execute else cls.NONE)
+        )
+
     @property
     def letters(self) -> str:
         """As ``/proc/PID/maps`` shows them: ``r-x``."""

@@ -124,14 +124,7 @@ def _relocations(base: int, relocated: list[int], page_size: int) -> list[Operat
 
 def protection(flags: int) -> Protection:
     """What a section's flags allow."""
-    found = Protection.NONE
-    if flags & _SCN_READ:
-        found |= Protection.READ
-    if flags & _SCN_WRITE:
-        found |= Protection.WRITE
-    if flags & _SCN_EXECUTE:
-        found |= Protection.EXEC
-    return found
+    return Protection.of(read=flags & _SCN_READ, write=flags & _SCN_WRITE, execute=flags & _SCN_EXECUTE)
 
 
 def _up(value: int, multiple: int) -> int:

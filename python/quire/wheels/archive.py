@@ -15,12 +15,12 @@ from typing import IO, TYPE_CHECKING
 
 from quire import _native
 from quire.errors import Unsupported
-from quire.sources import data_start, open_archive, zip_member
+from quire.sources import data_start, file_identity, open_archive, zip_member
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
-__all__ = ["UNREADABLE", "Identity", "Wheel", "forget", "on_path", "open_wheel", "opened"]
+__all__ = ["UNREADABLE", "Wheel", "forget", "on_path", "open_wheel", "opened"]
 
 _CHUNK_BYTES = 1 << 20
 _MFD_NOEXEC_SEAL = 8
@@ -32,13 +32,6 @@ _INSTALLED_BESIDE = (".data/purelib/", ".data/platlib/")
 # What reading a damaged or unsupported archive, or a member of it, raises.
 UNREADABLE = (zipfile.BadZipFile, Unsupported, zlib.error, OSError)
 
-Identity = tuple[int, int, int, int]
-
-
-def _identity(file: str | int) -> Identity:
-    status = os.stat(file)
-    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
-
 
 class Wheel:
     """The directory of a wheel. No file stays open: its position would be shared with forked children."""
@@ -46,7 +39,7 @@ class Wheel:
     def __init__(self, archive: str) -> None:
         self.archive = archive
         with open(archive, "rb") as file, open_archive(file, archive) as self._directory:
-            self.identity = _identity(file.fileno())
+            self.identity = file_identity(file.fileno())
         self.members: dict[str, zipfile.ZipInfo] = {}
         """Regular files, by name."""
         self.folders: set[str] = set()
@@ -103,7 +96,7 @@ class Wheel:
         info = self.members[member]
         length = crc = 0
         with open(self.archive, "rb") as file:
-            if _identity(file.fileno()) != self.identity:
+            if file_identity(file.fileno()) != self.identity:
                 raise zipfile.BadZipFile("the file has changed since its directory was read")
             file.seek(data_start(self._directory, file, info, member))
             for chunk in _decompressed(file, info):
@@ -129,7 +122,7 @@ class Wheel:
     def source(self, member: str) -> tuple[_native.Source, int | None]:
         """Open a member to be read in parts, with its CRC-32; raises one of UNREADABLE."""
         with open(self.archive, "rb") as file:
-            if _identity(file.fileno()) != self.identity:
+            if file_identity(file.fileno()) != self.identity:
                 raise zipfile.BadZipFile("the file has changed since its directory was read")
             below = _native.Source.file(file.fileno())
             native = zip_member(self._directory, file, below, member, f"{self.archive}/{member}")
@@ -196,7 +189,7 @@ def open_wheel(archive: str) -> Wheel:
     """Read a wheel's directory, unless it was read and is the same file. Raises ImportError if it is none."""
     try:
         wheel = _wheels.get(archive)
-        if wheel is not None and wheel.identity == _identity(archive):
+        if wheel is not None and wheel.identity == file_identity(archive):
             return wheel
         wheel = Wheel(archive)
     except UNREADABLE as error:
