@@ -108,6 +108,14 @@ pub trait ReadAt: Send + Sync {
     }
 }
 
+/// Refuse a range that does not lie within `size` bytes.
+fn check_range(start: u64, length: u64, size: u64) -> crate::Result<()> {
+    if start.checked_add(length).is_some_and(|end| end <= size) {
+        return Ok(());
+    }
+    Err(crate::Error::Invalid(format!("bytes {start} to {start}+{length} are outside {size} bytes")))
+}
+
 /// A range of other raw bytes.
 pub struct Slice<R> {
     inner: R,
@@ -119,12 +127,7 @@ impl<R: ReadAt> Slice<R> {
     /// # Errors
     /// The range does not lie within `inner`.
     pub fn new(inner: R, start: u64, length: u64) -> crate::Result<Self> {
-        if start.checked_add(length).is_none_or(|end| end > inner.size()) {
-            return Err(crate::Error::Invalid(format!(
-                "bytes {start} to {start}+{length} are outside {} bytes",
-                inner.size()
-            )));
-        }
+        check_range(start, length, inner.size())?;
         Ok(Self { inner, start, length })
     }
 }
@@ -208,12 +211,7 @@ impl Part {
     /// # Errors
     /// The range does not lie within `inner`.
     pub fn new(inner: Arc<dyn Source>, start: u64, length: u64) -> crate::Result<Self> {
-        if start.checked_add(length).is_none_or(|end| end > inner.size()) {
-            return Err(crate::Error::Invalid(format!(
-                "bytes {start} to {start}+{length} are outside {} bytes",
-                inner.size()
-            )));
-        }
+        check_range(start, length, inner.size())?;
         Ok(Self { inner, start, length })
     }
 }
