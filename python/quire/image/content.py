@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-import errno
-import fcntl
 import os
 from typing import TYPE_CHECKING
 
-from quire.errors import Unsupported
+from quire import memfd
 from quire.snapshot import Snapshot
 from quire.sources import BytesSource, SnapshotSource, Source, open_source
 
@@ -21,13 +19,9 @@ if TYPE_CHECKING:
 
     Content = str | os.PathLike[str] | Source | Snapshot | Region | Buffer
 
-__all__ = ["as_source", "copy_to_memory", "executable_memfd", "opened", "pieces"]
+__all__ = ["as_source", "copy_to_memory", "opened", "pieces"]
 
 _PIECE_BYTES = 1 << 20
-_MFD_EXEC = 0x10
-_SEALS = fcntl.F_SEAL_WRITE | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
-# The kernel takes 249 bytes.
-_NAME_BYTES = 200
 
 
 def as_source(content: Content) -> tuple[Source, bool]:
@@ -105,42 +99,5 @@ def copy_to_memory(source: Source, offset: int = 0, size: int | None = None, *, 
         PageError: The bytes could not be had.
         OSError: There is no memory, or no descriptor.
     """
-    fd = executable_memfd(os.fsdecode(os.fsencode(name)[-_NAME_BYTES:]))
-    try:
-        for piece in pieces(source, offset, source.size - offset if size is None else size):
-            rest = memoryview(piece)
-            while rest:
-                rest = rest[os.write(fd, rest) :]
-        fcntl.fcntl(fd, fcntl.F_ADD_SEALS, _SEALS)
-    except BaseException:
-        os.close(fd)
-        raise
-    return fd
-
-
-def executable_memfd(name: str) -> int:
-    """Make a memfd that may be executed and sealed.
-
-    Args:
-        name: Shown in ``/proc/PID/maps``; at most 249 bytes.
-
-    Returns:
-        A descriptor, which is the caller's, closed on exec.
-
-    Raises:
-        Unsupported: The machine allows none (``vm.memfd_noexec``).
-        OSError: There is no memory, or no descriptor.
-    """
-    flags = os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING
-    try:
-        return os.memfd_create(name, flags | _MFD_EXEC)
-    except OSError as error:
-        if error.errno == errno.EACCES:
-            raise Unsupported(
-                "this machine allows no executable memory files (memfd_create: EACCES); "
-                "the setting is vm.memfd_noexec, which must not be 2"
-            ) from error
-        # Kernels before 6.3 do not know MFD_EXEC: all their memfds are executable.
-        if error.errno != errno.EINVAL:
-            raise
-    return os.memfd_create(name, flags)
+    length = source.size - offset if size is None else size
+    return memfd.sealed(name, pieces(source, offset, length), executable=True)

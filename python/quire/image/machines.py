@@ -8,7 +8,7 @@ import os
 import struct
 from typing import NamedTuple
 
-from quire.image.content import executable_memfd
+from quire import memfd
 
 __all__ = ["Ident", "identify", "kernel_runs", "machine_name", "machine_number", "native"]
 
@@ -158,7 +158,7 @@ def kernel_runs(ident: Ident, flags: int | None = None) -> str | None:
     """
     if flags is None:
         flags = _ARM_EABI5 if machine_name(ident.machine) == "arm" else 0
-    fd = executable_memfd("quire-probe")
+    fd = memfd.create("quire-probe", executable=True)
     try:
         os.write(fd, _unstartable(ident, flags))
         nowhere = [(os.POSIX_SPAWN_OPEN, number, os.devnull, os.O_RDWR, 0) for number in (0, 1, 2)]

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import errno
-import fcntl
 import os
 import posixpath
 import stat
@@ -13,7 +11,7 @@ import zlib
 from importlib.machinery import EXTENSION_SUFFIXES
 from typing import IO, TYPE_CHECKING
 
-from quire import _native
+from quire import _native, memfd
 from quire.errors import Unsupported
 from quire.sources import data_start, file_identity, open_archive, zip_member
 
@@ -23,9 +21,6 @@ if TYPE_CHECKING:
 __all__ = ["UNREADABLE", "Wheel", "forget", "on_path", "open_wheel", "opened"]
 
 _CHUNK_BYTES = 1 << 20
-_MFD_NOEXEC_SEAL = 8
-_SEALS = fcntl.F_SEAL_WRITE | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
-_MEMFD_NAME_BYTES = 200
 # What extension modules are called on some system.
 _FOREIGN_SUFFIXES = (".so", ".pyd", ".dylib")
 _INSTALLED_BESIDE = (".data/purelib/", ".data/platlib/")
@@ -130,17 +125,7 @@ class Wheel:
 
     def copy(self, member: str) -> int:
         """Copy a member to a new sealed memfd, which is the caller's; raises one of UNREADABLE."""
-        fd = _memfd(f"quire:{member}")
-        try:
-            for chunk in self.chunks(member):
-                rest = memoryview(chunk)
-                while rest:
-                    rest = rest[os.write(fd, rest) :]
-            fcntl.fcntl(fd, fcntl.F_ADD_SEALS, _SEALS)
-        except BaseException:
-            os.close(fd)
-            raise
-        return fd
+        return memfd.sealed(f"quire:{member}", self.chunks(member), executable=False)
 
 
 def _decompressed(file: IO[bytes], info: zipfile.ZipInfo) -> Iterator[bytes]:
@@ -168,18 +153,6 @@ def _decompressed(file: IO[bytes], info: zipfile.ZipInfo) -> Iterator[bytes]:
         raise Unsupported(
             f"{info.filename} is compressed by method {info.compress_type}; wheels are deflated or stored"
         )
-
-
-def _memfd(name: str) -> int:
-    short = os.fsdecode(os.fsencode(name)[-_MEMFD_NAME_BYTES:])
-    flags = os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING
-    try:
-        return os.memfd_create(short, flags | _MFD_NOEXEC_SEAL)
-    except OSError as error:
-        # Kernels before 6.3 do not know NOEXEC_SEAL.
-        if error.errno != errno.EINVAL:
-            raise
-        return os.memfd_create(short, flags)
 
 
 _wheels: dict[str, Wheel] = {}
