@@ -16,6 +16,7 @@ from benches import (
     growth,
     handover,
     images,
+    lending,
     machine,
     maps,
     regions,
@@ -41,6 +42,7 @@ ROWS = (
     "space",
     "sandbox",
     "broker",
+    "lending",
     "import",
     "growth",
 )
@@ -94,6 +96,8 @@ def main() -> int:
         rows += sandbox.measure(plan)
     if announce("broker"):
         rows += brokering.measure(plan)
+    if announce("lending"):
+        rows += lending.measure(plan)
     started = starting.measure(plan) if announce("import") else None
     grown = growth.measure(plan) if announce("growth") else None
     report.write(

@@ -1,25 +1,28 @@
 """``python -m benches.lending``: many processes lease the same memory, and it is taken back from two of them.
 
 One complies, one says that it does and keeps its mapping. Measured is what the others notice: faults of
-their own threads, and changed bytes; both are to be none. Pages that the library's thread maps for them are
-counted apart.
+their own threads, faults of the whole process, and changed bytes; all are to be none.
 """
 
 import argparse
+import contextlib
+import mmap
 import os
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
 import quire
-
-MIB = 1 << 20
+import quire.client
+from benches.common import MIB, Plan, Row, timed
+from quire.broker.operations import Handle
 
 CLIENT = """
 import sys, threading
@@ -75,77 +78,178 @@ class Client:
         self.process.stdin.flush()
         return Answer(*map(int, self.process.stdout.readline().split()))
 
+    def close(self) -> None:
+        """End it; it has nothing to say any more."""
+        self.process.kill()
+        self.process.communicate()
 
-def measure(clients: int, size: int) -> list[str]:
-    """Lend memory to so many processes, take it back from two, and say what that took and did."""
-    lines = []
-    with tempfile.TemporaryDirectory() as folder:
-        path = str(Path(folder) / "broker")
+
+class Noticed(NamedTuple):
+    """What clients from whom nothing was taken saw while it was taken from somebody else, the worst of them.
+
+    Attributes:
+        changed: How many of them saw a changed byte.
+        touching: Faults when they touched every page again.
+        waiting: Faults of their own threads before that.
+        process: Faults of the whole process, with the library's thread, which maps the pages.
+    """
+
+    changed: int
+    touching: int
+    waiting: int
+    process: int
+
+
+class Lending:
+    """A broker, an owner, memory, and processes that have it mapped and have touched every page."""
+
+    def __init__(self, stack: contextlib.ExitStack, honest: int, size: int) -> None:
+        """Lend ``size`` bytes to ``honest`` processes; all ends with the stack."""
+        self._stack = stack
+        folder = stack.enter_context(tempfile.TemporaryDirectory())
+        self._path = str(Path(folder) / "broker")
         limit = str(size + 256 * MIB)
-        broker = subprocess.Popen(
-            [sys.executable, "-m", "quire", "broker", "--socket", path, "--limit", limit]
+        self.broker = subprocess.Popen(
+            [sys.executable, "-m", "quire", "broker", "--socket", self._path, "--limit", limit],
+            stderr=subprocess.DEVNULL,
         )
-        lessees: list[Client] = []
-        try:
-            while not os.path.exists(path):
-                assert broker.poll() is None, "the broker has ended"
-            with quire.connect(path, timeout=120) as owner:
-                began = time.perf_counter()
-                handle, lease = owner.memory(size)
-                lines.append(f"make and map {size >> 20} MiB: {time.perf_counter() - began:.3f} s")
-                with lease.writing() as rw:
-                    view = rw.array("u8")
-                    view[:] = np.arange(len(view), dtype=np.uint64)
-                    expected = int(view[::512].sum())
-                    del view
-                owner.publish(handle, "memory")
-                opened = owner.open("memory")
-                pings, leases = [], []
-                for _ in range(300):
-                    began = time.perf_counter()
-                    owner.ping()
-                    pings.append(time.perf_counter() - began)
-                for _ in range(30):
-                    began = time.perf_counter()
-                    lent = owner.lease(opened)
-                    leases.append(time.perf_counter() - began)
-                    lent.close()
-                lines.append(
-                    f"empty call: {statistics.median(pings) * 1e6:.0f} us; "
-                    f"lease of {size >> 20} MiB: {statistics.median(leases) * 1e6:.0f} us"
-                )
-                lessees = [Client(path, "liar" if number == 1 else "honest") for number in range(clients)]
-                first = [each.look() for each in lessees]
-                assert {each.total for each in first} == {expected}
-                second = [each.look() for each in lessees]
-                began = time.perf_counter()
-                polite = owner.revoke(handle, client=first[0].client, deadline_ms=5000)
-                took = time.perf_counter() - began
-                lines.append(
-                    f"take back from who complies ({polite.outcomes[0].result}): {took * 1e3:.1f} ms"
-                )
-                began = time.perf_counter()
-                forced = owner.revoke(handle, client=first[1].client, deadline_ms=5000)
-                took = time.perf_counter() - began
-                lines.append(f"take back from who does not ({forced.outcomes[0].result}): {took:.2f} s")
-                third = [each.look() for each in lessees[2:]]
-                changed = sum(each.total != expected for each in third)
-                touching = [each.after_looking - each.before_looking for each in third]
-                waiting = [a.before_looking - b.after_looking for a, b in zip(third, second[2:], strict=True)]
-                mapping = [a.process_before - b.process_after for a, b in zip(third, second[2:], strict=True)]
-                lines.append(
-                    f"the other {len(third)}: changed bytes seen by {changed}; "
-                    f"faults when they touched every page again: {max(touching)} at most; "
-                    f"of their own threads meanwhile: {max(waiting)} at most; "
-                    f"of the library's thread, which maps the pages: {statistics.median(mapping):.0f} each"
-                )
-        finally:
-            for each in lessees:
-                each.process.kill()
-                each.process.communicate()
-            broker.terminate()
-            broker.wait()
-    return lines
+        stack.callback(self.broker.wait)
+        stack.callback(self.broker.terminate)
+        while not os.path.exists(self._path):
+            assert self.broker.poll() is None, "the broker has ended"
+        self.owner: quire.client.Client = stack.enter_context(quire.connect(self._path, timeout=120))
+        made: list[tuple[Handle, quire.client.Lease]] = []
+        self.making = timed(lambda: made.append(self.owner.memory(size)))
+        self.handle, lease = made[0]
+        with lease.writing() as rw:
+            view = rw.array("u8")
+            view[:] = np.arange(len(view), dtype=np.uint64)
+            self.expected = int(view[::512].sum())
+            del view
+        self.owner.publish(self.handle, "memory")
+        self.honest = [self.add("honest") for _ in range(honest)]
+        # Once to touch every page, once to see what looking costs by itself.
+        for _ in range(2):
+            self.before = [each.look() for each in self.honest]
+
+    def add(self, kind: str) -> Client:
+        """Start a client, honest or a liar."""
+        client = Client(self._path, kind)
+        self._stack.callback(client.close)
+        return client
+
+    def take_back(self, kind: str) -> float:
+        """Have one more client lease it all, and take it back from that one; return the seconds."""
+        client = self.add(kind)
+        first = client.look()
+        assert first.total == self.expected
+        began = time.perf_counter()
+        taken = self.owner.revoke(self.handle, client=first.client, deadline_ms=5000)
+        seconds = time.perf_counter() - began
+        (outcome,) = taken.outcomes
+        assert outcome.result == ("cut" if kind == "liar" else "released"), outcome
+        client.close()
+        return seconds
+
+    def noticed(self) -> Noticed:
+        """What the honest ones saw since the last look."""
+        now = [each.look() for each in self.honest]
+        pairs = list(zip(now, self.before, strict=True))
+        self.before = now
+        return Noticed(
+            sum(each.total != self.expected for each in now),
+            max(each.after_looking - each.before_looking for each in now),
+            max(a.before_looking - b.after_looking for a, b in pairs),
+            max(a.process_before - b.process_after for a, b in pairs),
+        )
+
+    def processor_seconds(self) -> float:
+        """Processor time that the broker and the honest clients have used so far."""
+        brokers = Path(f"/proc/{self.broker.pid}/task/{self.broker.pid}/children").read_text().split()
+        pids = [*brokers, *(str(each.process.pid) for each in self.honest)]
+        fields = [Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split() for pid in pids]
+        return sum(int(each[11]) + int(each[12]) for each in fields) / os.sysconf("SC_CLK_TCK")
+
+
+@contextlib.contextmanager
+def lending(honest: int, size: int) -> Iterator[Lending]:
+    """Lend memory for a block."""
+    with contextlib.ExitStack() as stack:
+        yield Lending(stack, honest, size)
+
+
+def _map_small(size: int) -> list[float]:
+    """How long one process takes to map memory in pages of 4 KiB, and to unmap it, three times."""
+    descriptor = os.memfd_create("small")
+    try:
+        os.posix_fallocate(descriptor, 0, size)
+        flags = mmap.MAP_SHARED | mmap.MAP_POPULATE
+        return [timed(lambda: mmap.mmap(descriptor, size, flags, mmap.PROT_READ).close()) for _ in range(3)]
+    finally:
+        os.close(descriptor)
+
+
+def measure(plan: Plan) -> list[Row]:
+    """Measure the row on taking memory back by force."""
+    honest, rounds = (3, 1) if plan.quick else (16, 5)
+    row = Row(
+        f"{plan.size_bytes // MIB} MiB taken back by force from one of {honest + 1} processes",
+        "From the call of Client.revoke to its return. The process has said that it gave the memory back and"
+        " has not, so the broker moves everybody else to a copy and cuts the old pages off.",
+        bounds="Making the copy: clearing and copying pages. With many processes their waking up and their"
+        " Python, and where the kernel has no huge pages left, the entries of the page tables of each.",
+    )
+    with lending(honest, plan.size_bytes) as lent:
+        for _ in range(rounds):
+            row.part("the same from one that complies", lent.take_back("honest"))
+            before = lent.processor_seconds()
+            row.ours.append([lent.take_back("liar")])
+            row.part("processor time of the broker and the others", lent.processor_seconds() - before)
+            row.part(
+                "bare: one process maps and unmaps as much in pages of 4 KiB",
+                statistics.median(_map_small(plan.size_bytes)),
+            )
+            noticed = lent.noticed()
+            row.notes.append(
+                f"Of {honest} others {noticed.changed} saw a changed byte. Faults, in one process at most:"
+                f" {noticed.process} while the memory was moved, {noticed.touching} when it touched every"
+                " page again."
+            )
+    row.notes = list(dict.fromkeys(row.notes))
+    return [row]
+
+
+def report(clients: int, size: int) -> list[str]:
+    """Lend memory to so many processes, take it back from two, and say what that took and did."""
+    with lending(clients - 2, size) as lent:
+        lines = [f"make and map {size // MIB} MiB: {lent.making:.3f} s"]
+        opened = lent.owner.open("memory")
+        pings = [timed(lent.owner.ping) for _ in range(300)]
+        leases = []
+        for _ in range(30):
+            began = time.perf_counter()
+            borrowed = lent.owner.lease(opened)
+            leases.append(time.perf_counter() - began)
+            borrowed.close()
+        lines.append(
+            f"empty call: {statistics.median(pings) * 1e6:.0f} us; "
+            f"lease of {size // MIB} MiB: {statistics.median(leases) * 1e6:.0f} us"
+        )
+        lines.append(f"take back from who complies: {lent.take_back('honest') * 1e3:.1f} ms")
+        before = lent.processor_seconds()
+        seconds = lent.take_back("liar")
+        used = lent.processor_seconds() - before
+        lines.append(
+            f"take back from who does not: {seconds:.2f} s; processor time of all others: {used:.2f} s"
+        )
+        noticed = lent.noticed()
+        lines.append(
+            f"the other {len(lent.honest)}: changed bytes seen by {noticed.changed}; "
+            f"faults when they touched every page again: {noticed.touching} at most; "
+            f"of their own threads meanwhile: {noticed.waiting} at most; "
+            f"of the whole process meanwhile: {noticed.process} at most"
+        )
+        return lines
 
 
 def main() -> None:
@@ -154,7 +258,7 @@ def main() -> None:
     parser.add_argument("--clients", type=int, default=64)
     parser.add_argument("--mib", type=int, default=1024)
     options = parser.parse_args()
-    for line in measure(options.clients, options.mib * MIB):
+    for line in report(options.clients, options.mib * MIB):
         print(line)
 
 

@@ -84,9 +84,9 @@ def test_measures_wheels_or_says_why_not(report: Path) -> None:
 def test_lending_changes_nothing_for_others() -> None:
     from benches import lending
 
-    lines = "\n".join(lending.measure(clients=4, size=16 << 20))
-    assert "who complies (released)" in lines
-    assert "who does not (cut)" in lines
+    lines = "\n".join(lending.report(clients=4, size=16 << 20))
+    assert "take back from who complies" in lines
+    assert "take back from who does not" in lines
     assert (
         "the other 2: changed bytes seen by 0; faults when they touched every page again: 0 at most" in lines
     )

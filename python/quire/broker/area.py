@@ -11,6 +11,8 @@ import mmap
 import os
 from typing import Any
 
+from quire.broker.hugepages import HUGE_BYTES, advise, fill_page_table
+
 __all__ = ["Area"]
 
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -26,12 +28,10 @@ _libc.mmap.argtypes = [
 _libc.mremap.restype = ctypes.c_void_p
 _libc.mremap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_size_t, ctypes.c_int, ctypes.c_void_p]
 _libc.munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
-_libc.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
 
 _PROT_NONE = 0
 _MAP_FIXED = 0x10
 _MAP_NORESERVE = 0x4000
-_MAP_POPULATE = 0x8000
 _MREMAP_MAYMOVE = 1
 _MREMAP_FIXED = 2
 _FAILED = ctypes.c_void_p(-1).value
@@ -50,21 +50,35 @@ def _mmap(address: int | None, length: int, protection: int, flags: int, descrip
     return int(got or 0)
 
 
+def _reserve(length: int, offset: int) -> int:
+    """Reserve addresses, aligned to huge pages as ``offset`` is; return the first."""
+    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_NORESERVE
+    if length < HUGE_BYTES or not HUGE_BYTES:
+        return _mmap(None, length, _PROT_NONE, flags, -1, 0)
+    got = _mmap(None, length + HUGE_BYTES, _PROT_NONE, flags, -1, 0)
+    before = (offset - got) % HUGE_BYTES
+    if before:
+        _libc.munmap(got, before)
+    _libc.munmap(got + before + length, HUGE_BYTES - before)
+    return got + before
+
+
 class Area:
     """A reserved range of addresses. Every method that maps blocks for as long as the kernel takes."""
 
-    def __init__(self, length: int) -> None:
+    def __init__(self, length: int, offset: int = 0) -> None:
         """Reserve.
 
         Args:
             length: In bytes, a multiple of the page.
+            offset: Of its first byte in the file that it will show: huge pages can be mapped where address
+                and offset are aligned alike.
 
         Raises:
             OSError: There is too little address space.
         """
         self.length = length
-        flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_NORESERVE
-        self.address = _mmap(None, length, _PROT_NONE, flags, -1, 0)
+        self.address = _reserve(length, offset)
 
     def map(self, at: int, length: int, descriptor: int, offset: int, write: bool) -> None:
         """Map a range of a file.
@@ -84,23 +98,38 @@ class Area:
         # A child that is forked has no part in the lease, and must not keep the memory.
         self._dont_fork(self.address + at, length)
 
-    def move(self, at: int, length: int, descriptor: int, offset: int, write: bool) -> None:
+    def move(
+        self, at: int, length: int, descriptor: int, offset: int, write: bool, huge: bool = False
+    ) -> None:
         """Replace what is mapped by another file with the same content.
 
         The pages are mapped at another address first and then moved, so a thread that touches them finds them
         in the page table: it sees no fault but, at worst, waits for the move.
 
+        Args:
+            at: As for `map`, as the next four.
+            length: How much.
+            descriptor: Borrowed for the call.
+            offset: Within the file.
+            write: Whether it may be written through the mapping.
+            huge: The file consists of huge pages.
+
         Raises:
             OSError: The kernel refused; what was there is there still.
         """
         protection = mmap.PROT_READ | (mmap.PROT_WRITE if write else 0)
-        fresh = _mmap(None, length, protection, mmap.MAP_SHARED | _MAP_POPULATE, descriptor, offset)
-        self._dont_fork(fresh, length)
-        moved = _libc.mremap(fresh, length, length, _MREMAP_MAYMOVE | _MREMAP_FIXED, self.address + at)
-        if moved == _FAILED:
-            number = ctypes.get_errno()
+        # Aligned as where it goes, so that a huge page stays one when it is moved.
+        fresh = _reserve(length, self.address + at)
+        try:
+            _mmap(fresh, length, protection, mmap.MAP_SHARED | _MAP_FIXED, descriptor, offset)
+            self._dont_fork(fresh, length)
+            fill_page_table(fresh, length, huge)
+            flags = _MREMAP_MAYMOVE | _MREMAP_FIXED
+            if _libc.mremap(fresh, length, length, flags, self.address + at) == _FAILED:
+                _raise("mremap")
+        except BaseException:
             _libc.munmap(fresh, length)
-            raise OSError(number, f"mremap: {os.strerror(number)}")
+            raise
 
     def cut(self, at: int, length: int) -> None:
         """Take what is mapped away; a touch is SIGBUS from then on.
@@ -118,8 +147,7 @@ class Area:
 
     @staticmethod
     def _dont_fork(address: int, length: int) -> None:
-        if _libc.madvise(address, length, _MADV_DONTFORK):
-            _raise("madvise")
+        advise(address, length, _MADV_DONTFORK)
 
     def view(self, at: int, length: int, write: bool) -> memoryview:
         """Show a range as bytes; the area lives as long as any view of it."""

@@ -113,7 +113,7 @@ class Lease(ArrayViews, Closing):
         self._start = offset // PAGE * PAGE
         stop = -(-(offset + size) // PAGE) * PAGE
         self._spans = [(self._start, stop)]
-        self._area = Area(stop - self._start)
+        self._area = Area(stop - self._start, self._start % self._extent_bytes)
         self._lock = threading.RLock()
         self._gate = _Gate()
         self._callbacks: list[Callable[[int, int], object]] = []
@@ -290,11 +290,11 @@ class Lease(ArrayViews, Closing):
                     self._write,
                 )
 
-    def _move(self, extent: int, descriptor: int) -> None:
+    def _move(self, extent: int, descriptor: int, huge: bool) -> None:
         with self._lock:
             for index, start, stop in self._pieces(extent):
-                base = index * self._extent_bytes
-                self._area.move(start - self._start, stop - start, descriptor, start - base, self._write)
+                at, offset = start - self._start, start - index * self._extent_bytes
+                self._area.move(at, stop - start, descriptor, offset, self._write, huge)
 
     def _take_away(self, start: int, stop: int) -> None:
         with self._lock:
@@ -419,7 +419,7 @@ class Borrowed:
         for lease in self.all():
             if lease._write == message.write and message.extent in lease._extents.values():
                 try:
-                    lease._move(message.extent, descriptors[0])
+                    lease._move(message.extent, descriptors[0], message.huge)
                 except (OSError, IndexError):
                     _log.exception("a lease could not be moved")
                     done = False

@@ -8,7 +8,9 @@ import os
 from typing import TYPE_CHECKING
 
 from quire import _native
+from quire.broker.area import Area
 from quire.broker.banks import Amount
+from quire.broker.hugepages import HUGE_BYTES, collapse
 from quire.broker.protocol import MAX_EXTENTS
 from quire.errors import Malformed, NotImmutable
 
@@ -26,6 +28,7 @@ __all__ = [
     "SnapshotObject",
     "allocate",
     "check_layer",
+    "copy_extent",
     "extent_size",
     "seal_extent",
     "seals",
@@ -35,6 +38,9 @@ PAGE = _native.PAGE_SIZE
 F_SEAL_FUTURE_WRITE = 0x10
 IMMUTABLE = fcntl.F_SEAL_WRITE | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
 _DEFAULT_EXTENT_BYTES = 64 << 20
+_COPY_BYTES = 8 << 20
+# What a process takes to map a MiB of small pages and unmap it, about.
+_MAP_MIB_MS = 0.5
 
 
 class Held:
@@ -79,10 +85,18 @@ def extent_size(size_bytes: int, wanted_bytes: int) -> int:
     return wanted_bytes
 
 
-def allocate(length: int) -> int:
+def allocate(length: int, mappings: int = 2) -> tuple[int, bool]:
     """Make an unsealed memfd whose pages all exist; blocks for as long as zeroing takes. For any thread.
 
     Only the broker's user may open it again through ``/proc``.
+
+    Args:
+        length: In bytes, page aligned.
+        mappings: How many processes will map all of it, about: huge pages are made for as long as it would
+            take those to map small ones.
+
+    Returns:
+        The descriptor, the caller's, and whether its pages are huge ones, as many as fit.
 
     Raises:
         OSError: The kernel refused, ENOMEM or ENOSPC when memory is short; nothing is left behind.
@@ -92,11 +106,56 @@ def allocate(length: int) -> int:
         os.fchmod(descriptor, 0o600)
         os.ftruncate(descriptor, length)
         fcntl.fcntl(descriptor, fcntl.F_ADD_SEALS, fcntl.F_SEAL_GROW)
+        huge = _make_huge(descriptor, length, mappings * (length >> 20) * _MAP_MIB_MS)
         os.posix_fallocate(descriptor, 0, length)
     except BaseException:
         os.close(descriptor)
         raise
-    return descriptor
+    return descriptor, huge
+
+
+def _make_huge(descriptor: int, length: int, patience_ms: float) -> bool:
+    """Fill an empty memfd with huge pages, as many as fit; whether that was done."""
+    if not HUGE_BYTES or length < HUGE_BYTES:
+        return False
+    for offset in range(0, length - HUGE_BYTES + 1, HUGE_BYTES):
+        os.pwrite(descriptor, b"\0", offset)
+    area = Area(length)
+    area.map(0, length, descriptor, 0, True)
+    return collapse(area.address, length, patience_ms)
+
+
+def copy_extent(source: int, length: int, mappings: int) -> tuple[int, bool]:
+    """Make a memfd with the same content as another; for any thread.
+
+    Args:
+        source: Borrowed. Others may write to it and cut it short meanwhile.
+        length: In bytes, page aligned.
+        mappings: As for `allocate`.
+
+    Returns:
+        As `allocate`.
+
+    Raises:
+        OSError: The kernel refused, or the source has become shorter.
+    """
+    descriptor, huge = allocate(length, mappings)
+    try:
+        area = Area(length)
+        area.map(0, length, descriptor, 0, True)
+        # Read, not loaded: a touch of what its maker has truncated would be SIGBUS.
+        with area.view(0, length, True) as view:
+            done = 0
+            while done < length:
+                with view[done : done + _COPY_BYTES] as part:
+                    copied = os.preadv(source, [part], done)
+                if not copied:
+                    raise OSError(errno.EIO, "preadv: the memory was cut short while it was copied")
+                done += copied
+    except BaseException:
+        os.close(descriptor)
+        raise
+    return descriptor, huge
 
 
 def seal_extent(descriptor: int, more: int) -> None:
@@ -133,6 +192,8 @@ class Extent:
         self.serial = serial
         self.descriptor = descriptor
         self.generation = 0
+        # Whether it is known to consist of huge pages; after a restart it is not.
+        self.huge = False
         # In the order in which they were made.
         self.leases: dict[Lease, None] = {}
 

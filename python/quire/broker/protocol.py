@@ -458,11 +458,15 @@ class HoldEvent(Message, frozen=True, tag="hold!"):
 
 
 class MoveEvent(Message, frozen=True, tag="move!"):
-    """Map the one descriptor over every mapping of the extent, writable ones or the others; acknowledge."""
+    """Map the one descriptor over every mapping of the extent, writable ones or the others; acknowledge.
+
+    ``huge``: it consists of huge pages, as many as fit.
+    """
 
     serial: int
     extent: int
     write: bool
+    huge: bool = False
 
 
 class UnholdEvent(Message, frozen=True, tag="unhold!"):

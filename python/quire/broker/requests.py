@@ -208,9 +208,9 @@ class Requests:
             for index in range(memory.extent_count):
                 length = min(extent_bytes, memory.padded_bytes - index * extent_bytes)
                 if length <= _INLINE_BYTES:
-                    made.append(objects.allocate(length))
+                    made.append(objects.allocate(length)[0])
                 else:
-                    made.append(await asyncio.to_thread(objects.allocate, length))
+                    made.append((await asyncio.to_thread(objects.allocate, length))[0])
                 if memory.shared:
                     objects.seal_extent(made[-1], 0)
                 if session.number not in self._world.sessions or bank.dead:

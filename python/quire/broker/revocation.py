@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import errno
 import logging
 import os
 import signal
@@ -40,30 +39,9 @@ if TYPE_CHECKING:
 
 __all__ = ["Revoker"]
 
-_COPY_BYTES = 8 << 20
 # Several times what a client needs to map a MiB with all its pages.
 _MAP_MIB_MS = 2
 _log = logging.getLogger("quire.broker")
-
-
-def _copy(source: int, length: int) -> int:
-    """Make a memfd with the same content; for any thread.
-
-    Raises:
-        OSError: The kernel refused.
-    """
-    descriptor = objects.allocate(length)
-    try:
-        done = 0
-        while done < length:
-            copied = os.copy_file_range(source, descriptor, min(_COPY_BYTES, length - done), done, done)
-            if not copied:
-                raise OSError(errno.EIO, "copy_file_range: the memory was cut short while it was copied")
-            done += copied
-    except BaseException:
-        os.close(descriptor)
-        raise
-    return descriptor
 
 
 class Revoker:
@@ -336,7 +314,9 @@ class Revoker:
             }
             stalled = await self._answers(held, self._move_ms)
             try:
-                fresh = await asyncio.to_thread(_copy, extent.descriptor, extent.length)
+                fresh, huge = await asyncio.to_thread(
+                    objects.copy_extent, extent.descriptor, extent.length, len(extent.leases)
+                )
                 crash_point("move:copied")
                 if extent.memory.shared:
                     objects.seal_extent(fresh, 0)
@@ -354,7 +334,7 @@ class Revoker:
             raise
         # From here on the fresh copy is the extent; a restart goes on where the journal says.
         old, old_key = extent.descriptor, extent.key
-        extent.descriptor = fresh
+        extent.descriptor, extent.huge = fresh, huge
         extent.generation += 1
         self._world.put_extent(extent)
         self._world.journal.put(f"v{extent.serial}", extent.generation - 1)
@@ -391,7 +371,7 @@ class Revoker:
                 continue
 
             def event(serial: int, write: bool = write) -> Message:
-                return MoveEvent(serial, extent.serial, write)
+                return MoveEvent(serial, extent.serial, write, extent.huge)
 
             asked.setdefault(session, []).append(self._ask_with(session, event, extent, write))
         crash_point("move:asked")
