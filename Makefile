@@ -34,7 +34,7 @@ demo: build $(VENV)/.extra-demo
 
 test: build $(VENV)/.extra-test $(VENV)/.extra-demo
 	tools/test_servers
-	$(CARGO) test --release --quiet --package quire-core
+	timeout --kill-after=10 1200 $(CARGO) test --release --quiet --package quire-core
 	$(BIN)/python -m pytest
 
 lint: build $(VENV)/.extra-lint $(VENV)/.extra-test $(VENV)/.extra-demo

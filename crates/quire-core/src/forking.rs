@@ -3,8 +3,9 @@
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, Weak};
 
 use crate::Result;
-use crate::sys::fork::{self, Locked};
-use crate::sys::{hold, tracking};
+use crate::region;
+use crate::sys::fork::{self, Handlers, Locked};
+use crate::sys::{hold, private, tracking};
 
 /// An object whose memory parent and child must not share.
 pub trait ForkAware: Send {
@@ -20,7 +21,6 @@ pub trait ForkAware: Send {
 
 type Member = Weak<Mutex<dyn ForkAware>>;
 
-static HANDLERS: OnceLock<i32> = OnceLock::new();
 static MEMBERS: Mutex<Vec<Member>> = Mutex::new(Vec::new());
 
 fn members() -> MutexGuard<'static, Vec<Member>> {
@@ -32,13 +32,26 @@ fn members() -> MutexGuard<'static, Vec<Member>> {
 /// No fork comes between: a child would inherit memory that it shares with the parent and knows nothing of, and that
 /// could not be sealed while the child lives.
 pub fn enlist<T: ForkAware + 'static>(make: impl FnOnce() -> Result<T>) -> Result<Arc<Mutex<T>>> {
-    fork::at_fork(&HANDLERS, Some(prepare), Some(in_parent), Some(in_child))?;
+    install()?;
     let mut all = members();
     let made = Arc::new(Mutex::new(make()?));
     let member: Arc<Mutex<dyn ForkAware>> = Arc::<Mutex<T>>::clone(&made);
     all.retain(|weak| weak.strong_count() > 0);
     all.push(Arc::downgrade(&member));
     Ok(made)
+}
+
+/// Be told of forks from now on.
+///
+/// To be called when the library is loaded: a child that is forked while another thread is in here for the first time
+/// would wait for it for ever.
+pub fn install() -> Result<()> {
+    static ONCE: OnceLock<i32> = OnceLock::new();
+    private::install()?;
+    let own = Handlers { prepare: Some(prepare), parent: Some(in_parent), child: Some(in_child) };
+    // Ours are last, and so the first before a fork: who has one of our locks may touch a region, which is served until
+    // regions get ready for the fork.
+    fork::at_fork(&ONCE, &[region::HANDLERS[0], region::HANDLERS[1], own])
 }
 
 extern "C" fn prepare() {

@@ -364,6 +364,8 @@ impl Layer {
             return Ok(dense);
         }
         let dense = self.allocated_bytes()? >= self.trailer.file_bytes();
+        // Held while the process forks: a child would wait for ever for who was in between.
+        let _no_fork = lock();
         Ok(*self.dense.get_or_init(|| dense))
     }
 
@@ -471,6 +473,8 @@ fn get_or_map<'a>(cell: &'a OnceLock<Mapped>, fd: BorrowedFd<'_>, offset: u64, l
         return Ok(mapped);
     }
     let mapped = Mapped::new(fd, offset, len as usize)?;
+    // Held while the process forks: a child would wait for ever for who was in between.
+    let _no_fork = lock();
     Ok(cell.get_or_init(|| mapped))
 }
 

@@ -1,7 +1,7 @@
 //! Laying a snapshot out in address space: which pieces are mapped, in what order, and which are copied.
 
 use std::collections::{BTreeMap, HashMap};
-use std::sync::OnceLock;
+use std::sync::atomic::{AtomicUsize, Ordering};
 
 use crate::Result;
 use crate::pages::{PAGE, PageRange, PageSet};
@@ -20,14 +20,17 @@ const LONG_PAGES: u64 = 64;
 /// VMAs that one mapping may use: a quarter of the process's limit, as it was when first asked for.
 #[must_use]
 pub fn vma_budget() -> usize {
-    static BUDGET: OnceLock<usize> = OnceLock::new();
-    *BUDGET.get_or_init(|| {
-        std::fs::read_to_string("/proc/sys/vm/max_map_count")
-            .ok()
-            .and_then(|text| text.trim().parse::<usize>().ok())
-            .unwrap_or(65530)
-            / 4
-    })
+    /// 0: not asked for yet. No lock: a child that is forked while a thread asks must not wait for it.
+    static BUDGET: AtomicUsize = AtomicUsize::new(0);
+    let known = BUDGET.load(Ordering::Relaxed);
+    if known > 0 {
+        return known;
+    }
+    let limit = std::fs::read_to_string("/proc/sys/vm/max_map_count").ok();
+    let limit = limit.and_then(|text| text.trim().parse::<usize>().ok()).unwrap_or(65530);
+    let budget = (limit / 4).max(1);
+    BUDGET.store(budget, Ordering::Relaxed);
+    budget
 }
 
 /// The order of work for mapping a snapshot from nothing.

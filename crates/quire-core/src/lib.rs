@@ -6,7 +6,7 @@
 #![deny(unsafe_code)]
 
 pub mod error;
-mod forking;
+pub mod forking;
 pub mod image;
 pub mod layer;
 pub mod layout;

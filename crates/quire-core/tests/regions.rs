@@ -1,8 +1,11 @@
 //! Regions from Rust: every backend, with a source of numbers that can be told to fail.
 
+mod children;
+
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
+use children::{Stop, in_child};
 use quire_core::region::{Backend, Discard, Region, RegionError, Settings};
 use quire_core::source::{Failure, Filled, Source};
 
@@ -174,22 +177,6 @@ fn a_budget_holds() {
     assert!(region.figures().evictions > 300);
 }
 
-/// Run something in a forked child; returns its wait status.
-fn in_child(work: impl FnOnce() -> bool) -> i32 {
-    // SAFETY: the child touches memory of regions, which is what is tested, and leaves by _exit.
-    unsafe {
-        let pid = libc::fork();
-        assert!(pid >= 0);
-        if pid == 0 {
-            libc::alarm(20);
-            libc::_exit(i32::from(!work()));
-        }
-        let mut status = 0;
-        assert_eq!(libc::waitpid(pid, &raw mut status, 0), pid);
-        status
-    }
-}
-
 #[test]
 fn a_forked_child_reads_the_right_bytes() {
     for backend in BACKENDS {
@@ -217,6 +204,7 @@ fn forking_while_others_touch() {
             let done = AtomicBool::new(false);
             std::thread::scope(|scope| {
                 let (region, done) = (&region, &done);
+                let _stop = Stop(done);
                 for thread in 0..2u64 {
                     scope.spawn(move || {
                         let mut at = thread;
@@ -233,7 +221,6 @@ fn forking_while_others_touch() {
                     let right = || (0..size).step_by(WINDOW).all(|at| peek(region, at) == byte(at));
                     assert_eq!(in_child(right), 0, "{backend:?} {quick}");
                 }
-                done.store(true, Ordering::Release);
             });
         }
     }

@@ -25,6 +25,7 @@ static ALLOCATOR: quire_core::sys::alloc::Large = quire_core::sys::alloc::Large;
 
 #[pymodule(gil_used = true)]
 fn _native(module: &Bound<'_, PyModule>) -> PyResult<()> {
+    quire_core::forking::install().map_err(errors::Raised::from)?;
     module.add("PAGE_SIZE", quire_core::PAGE)?;
     module.add("MAX_LAYERS", quire_core::MAX_LAYERS)?;
     module.add_class::<snapshot::Snapshot>()?;

@@ -2,12 +2,14 @@
 //! addresses before anything else runs there.
 
 use std::sync::atomic::Ordering;
-use std::sync::{Mutex, MutexGuard, OnceLock};
+use std::sync::{Mutex, MutexGuard};
 
 use super::gate::Gate;
 use super::{buffers, handler, jobs, lock, pager, pressure, registry};
 use crate::Result;
-use crate::sys::{fork, signals};
+use crate::sys::fork::{self, Handlers};
+use crate::sys::signals;
+use crate::{forking, source};
 
 /// Held while a region is made known or closed and while the process forks, so that none is half closed in the child.
 static CLOSING: Mutex<()> = Mutex::new(());
@@ -22,16 +24,16 @@ static READS: Gate = Gate::new();
 /// Use a source with no region in between. A fork waits until that is done: locks of the source's, held then, would stay
 /// held in the child.
 pub fn reading<T>(work: impl FnOnce() -> T) -> Result<T> {
-    enlist()?;
+    forking::install()?;
     let _inside = READS.enter(|| true);
     Ok(work())
 }
 
-/// Be told of forks from now on.
-pub fn enlist() -> Result<()> {
-    static ONCE: OnceLock<i32> = OnceLock::new();
-    fork::at_fork(&ONCE, Some(prepare), Some(in_parent), Some(in_child))
-}
+/// In a child the first come before all other handlers of the library: what these map could take the addresses of regions.
+pub const HANDLERS: [Handlers; 2] = [
+    Handlers { prepare: None, parent: None, child: Some(reclaim) },
+    Handlers { prepare: Some(prepare), parent: Some(in_parent), child: Some(in_child) },
+];
 
 extern "C" fn prepare() {
     // Before the regions: a source may lie in the memory of one.
@@ -43,7 +45,10 @@ extern "C" fn prepare() {
     for region in &regions {
         region.gate.shut();
     }
+    // Before its locks are taken: the last reference to a region drops its source.
+    drop(regions);
     fork::keep_guard(Box::new(registry::lock()));
+    fork::keep_guard(Box::new(source::lock_kept()));
 }
 
 extern "C" fn in_parent() {
@@ -54,15 +59,19 @@ extern "C" fn in_parent() {
     READS.open();
 }
 
-extern "C" fn in_child() {
+extern "C" fn reclaim() {
     fork::release_guards();
-    // First of all, and without allocating: whatever is mapped from here on could take their addresses.
+    // Without allocating: whatever is mapped before this is done could take their addresses.
     for region in registry::lock().values().filter(|span| !span.is_view).filter_map(|span| span.region.upgrade()) {
         if region.memory.reclaim().is_err() {
             // Told below. Never dropped: that would unmap what is somebody else's now.
             std::mem::forget(region);
         }
     }
+}
+
+extern "C" fn in_child() {
+    source::lock_kept().enter_child();
     READS.enter_child();
     pager::enter_child();
     jobs::enter_child();

@@ -30,8 +30,9 @@ use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use crate::pages::{PAGE, PageRange, push_merged};
 use crate::source::{Failure, Source};
 use crate::sys::{memfd, signals};
-use crate::{Error, Result};
+use crate::{Error, Result, forking};
 
+pub(crate) use fork::HANDLERS;
 pub use fork::reading;
 pub use memory::Backend;
 pub use stats::{BUCKETS, Figures};
@@ -239,7 +240,7 @@ impl Region {
             fork::reading(|| region.ensure(0, count))??;
             region.memory.finish_eager()?;
         } else {
-            fork::enlist()?;
+            forking::install()?;
             {
                 // A fork under way has shut all older regions.
                 let _no_fork = fork::closing();

@@ -40,23 +40,25 @@ pub fn thread_uffd() -> Result<&'static Uffd> {
             spare: AtomicUsize::new(0),
         })
     })?;
+    // Not before it is known to be the one: that of a thread that came second is closed again.
+    pager.uffd.keep_open()?;
     Ok(&pager.uffd)
 }
 
 /// The userfaultfd whose touches raise SIGBUS.
 pub fn signal_uffd() -> Result<&'static Uffd> {
-    SIGNAL.get_or_make(|| open(uffd::FEATURE_MISSING_SHMEM | uffd::FEATURE_SIGBUS))
+    let uffd = SIGNAL.get_or_make(|| open(uffd::FEATURE_MISSING_SHMEM | uffd::FEATURE_SIGBUS))?;
+    uffd.keep_open()?;
+    Ok(uffd)
 }
 
 fn open(features: u64) -> Result<Uffd> {
-    let uffd = Uffd::open(features).map_err(|error| {
+    Uffd::open(features).map_err(|error| {
         Error::Unsupported(format!(
             "{error}: this user may not use userfaultfd; access to /dev/userfaultfd, CAP_SYS_PTRACE or \
              vm.unprivileged_userfaultfd=1 allows it, and a seccomp filter may forbid it"
         ))
-    })?;
-    uffd.keep_open()?;
-    Ok(uffd)
+    })
 }
 
 /// Make sure that touches of a region are served from now on.

@@ -25,7 +25,7 @@ struct Pool {
 /// Whose block, and which.
 type Name = (u64, u64);
 
-struct State {
+pub struct State {
     /// Least lately used first.
     blocks: Vec<(Name, Arc<Vec<u8>>)>,
     making: Vec<Name>,
@@ -61,7 +61,17 @@ pub fn trim(bytes: usize) {
     POOL.lock().shrink(bytes, false);
 }
 
+/// Held while the process forks, so that the child finds the pool whole.
+pub fn lock_kept() -> MutexGuard<'static, State> {
+    POOL.lock()
+}
+
 impl State {
+    /// In a forked child: nobody makes anything there yet.
+    pub fn enter_child(&mut self) {
+        self.making.clear();
+    }
+
     fn shrink(&mut self, limit: usize, reuse: bool) {
         let mut total: usize = self.blocks.iter().map(|(_, block)| block.capacity()).sum();
         let mut surplus = 0;

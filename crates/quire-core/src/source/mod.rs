@@ -18,6 +18,7 @@ mod zstd;
 pub use checkpoint::Cache;
 pub use deflate::{Deflate, Gzip};
 pub use file::File;
+pub(crate) use kept::lock_kept;
 pub use kept::trim;
 pub use memory::Memory;
 pub use snapshot::SnapshotBytes;

@@ -18,18 +18,26 @@ thread_local! {
 /// What is called around a fork.
 pub type Handler = extern "C" fn();
 
-/// Install handlers, once for each `once`, which keeps what came of it.
-pub fn at_fork(
-    once: &OnceLock<i32>,
-    prepare: Option<Handler>,
-    parent: Option<Handler>,
-    child: Option<Handler>,
-) -> Result<()> {
+/// Handlers that belong together.
+#[derive(Clone, Copy)]
+pub struct Handlers {
+    /// Before the fork, in the parent.
+    pub prepare: Option<Handler>,
+    pub parent: Option<Handler>,
+    pub child: Option<Handler>,
+}
+
+/// Install handlers, once for each `once`, which keeps what came of it. Those of parent and child are called in this
+/// order, those before the fork in the reverse.
+pub fn at_fork(once: &OnceLock<i32>, all: &[Handlers]) -> Result<()> {
     unsafe extern "C" {
         fn pthread_atfork(prepare: Option<Handler>, parent: Option<Handler>, child: Option<Handler>) -> i32;
     }
-    // SAFETY: the functions live as long as the process: the extension is never unloaded.
-    match *once.get_or_init(|| unsafe { pthread_atfork(prepare, parent, child) }) {
+    let install = |handlers: &Handlers| {
+        // SAFETY: the functions live as long as the process: the extension is never unloaded.
+        unsafe { pthread_atfork(handlers.prepare, handlers.parent, handlers.child) }
+    };
+    match *once.get_or_init(|| all.iter().map(install).find(|errno| *errno != 0).unwrap_or(0)) {
         0 => Ok(()),
         errno => Err(Error::os("pthread_atfork", errno)),
     }

@@ -10,7 +10,7 @@ use std::sync::OnceLock;
 use std::sync::atomic::{AtomicI32, AtomicPtr, AtomicU64, Ordering};
 
 use crate::Result;
-use crate::sys::fork;
+use crate::sys::fork::{self, Handlers};
 
 const NONE: i32 = -1;
 
@@ -97,9 +97,10 @@ impl Drop for PrivateFd {
     }
 }
 
-fn install() -> Result<()> {
+/// Be told of forks from now on.
+pub fn install() -> Result<()> {
     static ONCE: OnceLock<i32> = OnceLock::new();
-    fork::at_fork(&ONCE, None, None, Some(in_child))
+    fork::at_fork(&ONCE, &[Handlers { prepare: None, parent: None, child: Some(in_child) }])
 }
 
 extern "C" fn in_child() {

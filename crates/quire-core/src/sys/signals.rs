@@ -4,7 +4,6 @@
 
 use std::mem::MaybeUninit;
 use std::sync::atomic::{AtomicI32, AtomicPtr, AtomicUsize, Ordering};
-use std::sync::{Mutex, PoisonError};
 
 use crate::sys::file::errno;
 use crate::{Error, Result};
@@ -34,14 +33,16 @@ impl Signal {
     }
 
     /// Have `claim` asked about faults, and install our handler unless it is the current one.
+    ///
+    /// Takes no lock, which forked children could not trust. Threads that are here at once may each install our handler:
+    /// they do the same thing.
     pub fn claim(&self, claim: Claim) -> Result<()> {
-        static INSTALLING: Mutex<()> = Mutex::new(());
-        let _one = INSTALLING.lock().unwrap_or_else(PoisonError::into_inner);
-        let known = self.claims.iter().any(|place| place.load(Ordering::Acquire) == claim as usize);
-        if !known {
-            let free = self.claims.iter().find(|place| place.load(Ordering::Acquire) == 0);
-            free.expect("a place for every claimant of this crate").store(claim as usize, Ordering::Release);
-        }
+        let own = claim as usize;
+        let placed = self.claims.iter().any(|place| {
+            let taken = place.compare_exchange(0, own, Ordering::AcqRel, Ordering::Acquire);
+            taken.map_or_else(|other| other == own, |_| true)
+        });
+        assert!(placed, "a place for every claimant of this crate");
         self.install()
     }
 

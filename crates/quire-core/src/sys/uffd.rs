@@ -2,6 +2,7 @@
 #![allow(unsafe_code)]
 
 use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd};
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use crate::sys::memfd::Piece;
 use crate::sys::threads;
@@ -44,6 +45,8 @@ pub struct Uffd {
     user_mode_only: bool,
     /// Of the file, to tell it from others under the same number.
     identity: (u64, u64),
+    /// Whether `keep_open` was called.
+    kept: AtomicBool,
 }
 
 /// What became of a copy into missing pages.
@@ -62,7 +65,9 @@ impl Uffd {
         for (user_mode_only, fd) in [(false, from_device as fn() -> _), (false, from_call), (true, from_user_mode_call)]
         {
             match fd().and_then(|fd| handshake(fd, features)) {
-                Ok(fd) => return Ok(Self { identity: identity(&fd), fd, user_mode_only }),
+                Ok(fd) => {
+                    return Ok(Self { identity: identity(&fd), fd, user_mode_only, kept: AtomicBool::new(false) });
+                }
                 Err(error) => failure = error,
             }
         }
@@ -86,8 +91,13 @@ impl Uffd {
 
     /// Keep the kernel from forgetting all registrations when the program closes descriptors that it does not know: what
     /// is missing would read as zeros from then on.
+    ///
+    /// Once is enough: threads that are here at once do it once.
     pub fn keep_open(&self) -> Result<()> {
-        threads::keep_open("quire-keeper", self.fd.as_fd())
+        if self.kept.swap(true, Ordering::AcqRel) {
+            return Ok(());
+        }
+        threads::keep_open("quire-keeper", self.fd.as_fd()).inspect_err(|_| self.kept.store(false, Ordering::Release))
     }
 
     /// Whether the descriptor is what it was opened as; false if the program has closed it.
