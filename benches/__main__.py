@@ -4,6 +4,7 @@ import argparse
 import os
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 # Threads of a linear algebra library would be stopped by every fork, at the cost of the peer.
@@ -27,25 +28,25 @@ from benches import (
     versions,
     wheels,
 )
-from benches.common import FULL, QUICK
+from benches.common import FULL, QUICK, Plan, Row
 
-ROWS = (
-    "versions",
-    "handover",
-    "diff",
-    "first",
-    "faults",
-    "regions",
-    "wheels",
-    "maps",
-    "images",
-    "space",
-    "sandbox",
-    "broker",
-    "lending",
-    "import",
-    "growth",
-)
+MEASURES: dict[str, Callable[[Plan], list[Row]]] = {
+    "versions": versions.measure,
+    "handover": handover.measure,
+    "diff": diff.measure,
+    "first": lambda plan: [versions.first_snapshot(plan)],
+    "faults": faults.measure,
+    "regions": regions.measure,
+    "wheels": wheels.measure,
+    "maps": maps.measure,
+    "images": images.measure,
+    "space": space.measure,
+    "sandbox": sandbox.measure,
+    "broker": brokering.measure,
+    "lending": lending.measure,
+}
+# These two have tables of their own in the report.
+ROWS = (*MEASURES, "import", "growth")
 
 
 def main() -> int:
@@ -71,33 +72,10 @@ def main() -> int:
         return name in options.rows
 
     load_before, busy = machine.load(), machine.busy()
-    rows = []
-    if announce("versions"):
-        rows += versions.measure(plan)
-    if announce("handover"):
-        rows += handover.measure(plan)
-    if announce("diff"):
-        rows += diff.measure(plan)
-    if announce("first"):
-        rows.append(versions.first_snapshot(plan))
-    if announce("faults"):
-        rows += faults.measure(plan)
-    if announce("regions"):
-        rows += regions.measure(plan)
-    if announce("wheels"):
-        rows += wheels.measure(plan)
-    if announce("maps"):
-        rows += maps.measure(plan)
-    if announce("images"):
-        rows += images.measure(plan)
-    if announce("space"):
-        rows += space.measure(plan)
-    if announce("sandbox"):
-        rows += sandbox.measure(plan)
-    if announce("broker"):
-        rows += brokering.measure(plan)
-    if announce("lending"):
-        rows += lending.measure(plan)
+    rows: list[Row] = []
+    for name, measure in MEASURES.items():
+        if announce(name):
+            rows += measure(plan)
     started = starting.measure(plan) if announce("import") else None
     grown = growth.measure(plan) if announce("growth") else None
     report.write(
