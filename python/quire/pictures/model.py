@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
+from quire.matching import pair_up
 from quire.pictures.palette import KINDS
 
 if TYPE_CHECKING:
@@ -222,6 +223,10 @@ class Change(NamedTuple):
         return "grown" if difference > 0 else "shrunk" if difference < 0 else "changed"
 
 
+def _differ(old: Row, new: Row) -> bool:
+    return old[:-2] != new._replace(proportional=old.proportional)[:-2]
+
+
 def changes(before: Sequence[Row], after: Sequence[Row]) -> list[Change]:
     """Compare two samples.
 
@@ -235,21 +240,7 @@ def changes(before: Sequence[Row], after: Sequence[Row]) -> list[Change]:
     Returns:
         The rows that differ, in the order of addresses.
     """
-    found: list[Change] = []
-    gone = dict.fromkeys(before)
-    first = 0
-    for row in after:
-        while first < len(before) and before[first].end <= row.start:
-            first += 1
-        twin = None
-        at = first
-        while twin is None and at < len(before) and before[at].start < row.end:
-            if before[at] in gone and before[at].name == row.name:
-                twin = before[at]
-            at += 1
-        if twin is not None:
-            del gone[twin]
-        if twin is None or twin[:-2] != row._replace(proportional=twin.proportional)[:-2]:
-            found.append(Change(twin, row))
+    pairs, gone = pair_up(before, after, lambda old, new: old.name == new.name)
+    found = [Change(old, new) for old, new in pairs if old is None or _differ(old, new)]
     found += [Change(row, None) for row in gone]
     return sorted(found, key=lambda change: (change.after or change.before)[0])  # type: ignore[index]

@@ -7,6 +7,7 @@ import select
 import time
 from typing import TYPE_CHECKING, NamedTuple
 
+from quire.matching import pair_up
 from quire.process.reading import maps
 
 if TYPE_CHECKING:
@@ -78,34 +79,22 @@ def diff(before: Maps, after: Maps) -> Difference:
         before: The earlier reading.
         after: The later one.
     """
-    added: list[VMA] = []
-    changed: list[Change] = []
-    matched: set[int] = set()
-    for vma in after:
-        old = next(
-            (
-                each
-                for each in before.overlapping(vma.start, vma.end)
-                if each.start not in matched and _is_same(each, vma)
-            ),
-            None,
-        )
-        if old is None:
-            added.append(vma)
-            continue
-        matched.add(old.start)
-        if old[:3] != vma[:3] or old.figures != vma.figures or old.texts != vma.texts:
-            changed.append(Change(old, vma))
-    removed = tuple(vma for vma in before if vma.start not in matched)
+    pairs, removed = pair_up(before, after, _is_same)
+    added = [new for old, new in pairs if old is None]
+    changed = [Change(old, new) for old, new in pairs if old is not None and _differ(old, new)]
     told = before.detail == after.detail == "smaps"
     return Difference(
         tuple(added),
-        removed,
+        tuple(removed),
         tuple(changed),
         sum(vma.size for vma in after) - sum(vma.size for vma in before),
         sum(vma.resident or 0 for vma in after) - sum(vma.resident or 0 for vma in before) if told else None,
         (before.pid, before.process.start_ticks) != (after.pid, after.process.start_ticks),
     )
+
+
+def _differ(old: VMA, new: VMA) -> bool:
+    return old[:3] != new[:3] or old.figures != new.figures or old.texts != new.texts
 
 
 def _is_same(old: VMA, new: VMA) -> bool:
