@@ -202,6 +202,18 @@ def is_loaded(name: str | bytes) -> bool:
     """Whether the dynamic linker would take an object that it has for this name."""
 
 @final
+class Lent:
+    """Addresses of a lease: a touch of them that fails is explained on standard error, until this is collected."""
+
+    def __new__(cls, address: int, length: int, base: int, size: int, number: int) -> Self:
+        """Enter ``length`` bytes from ``address`` on; byte 0 of the lease, which has ``size``, lies at ``base``.
+
+        Raises OSError, ValueError.
+        """
+    def close(self) -> None:
+        """Say from now on that the lease was given back."""
+
+@final
 class Library:
     """A shared object, laid out in memory for the dynamic linker. Not unloaded when it is collected."""
 

@@ -10,6 +10,7 @@ pub mod forking;
 pub mod image;
 pub mod layer;
 pub mod layout;
+pub mod lent;
 pub mod live;
 pub mod loader;
 pub mod mapping;

@@ -5,6 +5,7 @@ mod digest;
 mod door;
 mod errors;
 mod image;
+mod lent;
 mod library;
 mod live;
 mod mapping;
@@ -32,6 +33,7 @@ fn _native(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add_class::<segment::Segment>()?;
     module.add_class::<mapping::Mapping>()?;
     module.add_class::<library::Library>()?;
+    module.add_class::<lent::Lent>()?;
     module.add_class::<live::LiveSegment>()?;
     module.add_class::<live::WritableAlias>()?;
     module.add_class::<live::MirrorView>()?;

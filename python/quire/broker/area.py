@@ -11,6 +11,7 @@ import mmap
 import os
 from typing import Any
 
+from quire import _native
 from quire.broker.hugepages import HUGE_BYTES, advise, fill_page_table
 
 __all__ = ["Area"]
@@ -79,6 +80,25 @@ class Area:
         """
         self.length = length
         self.address = _reserve(length, offset)
+        self._lent: _native.Lent | None = None
+
+    def announce(self, number: int, at: int, size: int) -> None:
+        """Have a touch that fails explained on standard error, before it goes where it would go otherwise.
+
+        Args:
+            number: Of the lease, for people.
+            at: Where its first byte lies, in bytes from the start of the area.
+            size: Of the lease, in bytes.
+
+        Raises:
+            OSError: No signal handler can be installed.
+        """
+        self._lent = _native.Lent(self.address, self.length, self.address + at, size, number)
+
+    def given_back(self) -> None:
+        """Have it explained from now on by saying that the lease was given back."""
+        if self._lent is not None:
+            self._lent.close()
 
     def map(self, at: int, length: int, descriptor: int, offset: int, write: bool) -> None:
         """Map a range of a file.
@@ -158,6 +178,8 @@ class Area:
     def __del__(self, munmap: Any = _libc.munmap) -> None:
         """Give the addresses back."""
         address = getattr(self, "address", 0)
+        # First, because somebody else may be given the addresses as soon as they are free.
+        self._lent = None
         if address:
             munmap(address, self.length)
 

@@ -96,8 +96,9 @@ class Lease(ArrayViews, Closing):
 
     Made by ``Client.lease`` and ``Client.memory``. Views are read-only; a lease for writing gives a writable
     one inside ``with lease.writing() as rw``. Methods of the lease raise Revoked for what was taken back. An
-    array keeps its address, which never comes to show other data: touching what was taken back is SIGBUS.
-    The address stays the same when the broker moves the memory to other pages.
+    array keeps its address, which never comes to show other data: touching what was taken back is SIGBUS,
+    after a line on standard error that names the lease and the offset. The address stays the same when the
+    broker moves the memory to other pages.
 
     A forked child does not have the memory: a touch there is SIGSEGV.
     """
@@ -114,6 +115,7 @@ class Lease(ArrayViews, Closing):
         stop = -(-(offset + size) // PAGE) * PAGE
         self._spans = [(self._start, stop)]
         self._area = Area(stop - self._start, self._start % self._extent_bytes)
+        self._area.announce(reply.lease, offset - self._start, size)
         self._lock = threading.RLock()
         self._gate = _Gate()
         self._callbacks: list[Callable[[int, int], object]] = []
@@ -257,6 +259,7 @@ class Lease(ArrayViews, Closing):
         """Give the memory back. Idempotent. Arrays made from it keep their address; touching is SIGBUS."""
         if not self._closed:
             self._closed = True
+            self._area.given_back()
             self._borrowed.give_back(self)
 
     def __repr__(self) -> str:

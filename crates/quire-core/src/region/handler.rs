@@ -3,7 +3,7 @@
 //! Nothing is allocated here and no lock is taken. Sources that need either are asked by another thread, for which the
 //! handler leaves a note in a fixed table and waits.
 
-use std::fmt::{self, Write};
+use std::fmt::Write;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicUsize, Ordering};
 use std::time::Instant;
@@ -12,6 +12,7 @@ use super::{Backend, Claim, Discard, Failure, Outcome, Region, RegionError, jobs
 use crate::Result;
 use crate::sys::area::{Access, Area};
 use crate::sys::fork::PerProcess;
+use crate::sys::signals::Line;
 use crate::sys::{futex, signals, threads};
 
 /// Have touches of a region served in signal handlers from now on.
@@ -157,7 +158,7 @@ impl Region {
 
     fn complain(&self, window: usize, failure: Option<&Failure>) {
         let (at, len) = self.span(window, window + 1);
-        let mut line = Line { text: [0; 512], len: 0 };
+        let mut line = Line::default();
         // A line that is too long is cut.
         let _cut = match failure {
             Some(failure) => writeln!(
@@ -171,27 +172,12 @@ impl Region {
             ),
             None => writeln!(line, "quire: region {}: bytes {at} to {} could not be filled", self.name, at + len),
         };
-        signals::complain(&line.text[..line.len]);
+        signals::complain(line.text());
     }
 }
 
 /// Readahead in a handler is done before the toucher goes on, so it is shorter.
 const AHEAD: usize = 1 << 20;
-
-/// Text of bounded length.
-struct Line {
-    text: [u8; 512],
-    len: usize,
-}
-
-impl Write for Line {
-    fn write_str(&mut self, text: &str) -> fmt::Result {
-        let take = text.len().min(self.text.len() - self.len);
-        self.text[self.len..self.len + take].copy_from_slice(&text.as_bytes()[..take]);
-        self.len += take;
-        if take == text.len() { Ok(()) } else { Err(fmt::Error) }
-    }
-}
 
 /// Buffers for handlers, as many as threads that fill at once.
 struct Buffers {

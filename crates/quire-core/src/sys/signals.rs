@@ -2,6 +2,7 @@
 //! the handler that was there before.
 #![allow(unsafe_code)]
 
+use std::fmt::{self, Write};
 use std::mem::MaybeUninit;
 use std::sync::atomic::{AtomicI32, AtomicPtr, AtomicUsize, Ordering};
 
@@ -188,4 +189,32 @@ pub fn raise_bus() {
 pub fn complain(text: &[u8]) {
     // SAFETY: async-signal-safe; the slice is valid. Nothing can be done if nobody can be told.
     unsafe { libc::write(libc::STDERR_FILENO, text.as_ptr().cast(), text.len()) };
+}
+
+/// Text of bounded length, which a signal handler can compose: what is too long is cut, and reported as an error.
+pub struct Line {
+    text: [u8; 512],
+    len: usize,
+}
+
+impl Default for Line {
+    fn default() -> Self {
+        Self { text: [0; 512], len: 0 }
+    }
+}
+
+impl Line {
+    #[must_use]
+    pub fn text(&self) -> &[u8] {
+        &self.text[..self.len]
+    }
+}
+
+impl Write for Line {
+    fn write_str(&mut self, text: &str) -> fmt::Result {
+        let take = text.len().min(self.text.len() - self.len);
+        self.text[self.len..self.len + take].copy_from_slice(&text.as_bytes()[..take]);
+        self.len += take;
+        if take == text.len() { Ok(()) } else { Err(fmt::Error) }
+    }
 }
