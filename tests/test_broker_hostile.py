@@ -487,3 +487,30 @@ def test_the_broker_runs_out_of_descriptors(broker) -> None:
             resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
         client.ping()
         assert client.describe(client.bank).used == [0, 0, 0]
+
+
+def test_a_user_with_many_clients_has_no_more_handles(tmp_path: pathlib.Path) -> None:
+    """Each session has a handle of its user's bank; those count, and are never refused."""
+    with inside(tmp_path / "broker", handles=20, user_handles=30) as broker:
+        with quire.connect(broker.path) as owner, quire.connect(broker.path) as first:
+            handle, _ = owner.memory(PAGE)
+            owner.publish(handle, "memory")
+            opened = [first.open("memory") for _ in range(19)]
+            with pytest.raises(quire.QuotaExceeded, match="a client holds 20"):
+                first.open("memory")
+            with quire.connect(broker.path) as second:
+                more = [second.open("memory") for _ in range(7)]
+                assert broker.do(lambda: dict(broker.server.world.handles)) == {os.geteuid(): 30}
+                for client in (second, owner):
+                    with pytest.raises(quire.QuotaExceeded, match="the clients of a user hold 30"):
+                        client.weaken(client.bank, Rights.READ)
+                    with pytest.raises(quire.QuotaExceeded, match="the clients of a user hold 30"):
+                        client.memory(PAGE)
+                with quire.connect(broker.path) as third:
+                    third.ping()
+                first.close_handle(opened[0])
+                more.append(second.open("memory"))
+                assert len(more) == 8
+            owner.weaken(handle, Rights.READ)
+        broker.wait(lambda world: not world.handles)
+        assert broker.audit() == []

@@ -54,6 +54,9 @@ class Config(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
     """How long a client may take to come back after the broker was restarted."""
     rate: float = 20_000.0
     handles: int = 4096
+    """Of a client."""
+    user_handles: int = 16_384
+    """Of all clients of a user together."""
     leases: int = 1024
     names: int = 256
     connections: int = 256

@@ -147,9 +147,7 @@ def _sessions(world: World, take: Callable[[str], int]) -> None:
         else:
             # Handles outlive what they stood for: their numbers must not come to mean something else.
             target = _target(world, value[0], value[1]) or _gone(world)
-            session.grips[int(number)] = Grip(target, Rights(value[2]))
-            session.next_handle = max(session.next_handle, int(number) + 1)
-            world.refer(target)
+            world.hold(session, int(number), Grip(target, Rights(value[2])))
     for key, (number, owner, spans, write) in _each(entries, "l"):
         memory = world.objects[number]
         assert isinstance(memory, Memory)

@@ -82,14 +82,15 @@ class Requests:
     # Helpers
 
     def _give(self, session: Session, target: Held | Bank, rights: Rights) -> int:
-        if len(session.grips) >= self._config.handles:
-            raise QuotaExceeded(f"a client holds {self._config.handles} handles at most")
+        self._room(session)
         return self._world.give(session, target, rights)
 
     def _room(self, session: Session) -> None:
         """Refuse before anything is made that could then not be given."""
         if len(session.grips) >= self._config.handles:
             raise QuotaExceeded(f"a client holds {self._config.handles} handles at most")
+        if self._world.handles[session.uid] >= self._config.user_handles:
+            raise QuotaExceeded(f"the clients of a user hold {self._config.user_handles} handles at most")
 
     @staticmethod
     def _memory(session: Session, handle: int, rights: Rights) -> Memory:

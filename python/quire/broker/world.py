@@ -7,6 +7,7 @@ journal's next commit is always a whole.
 from __future__ import annotations
 
 import asyncio
+import collections
 import contextlib
 import fcntl
 import itertools
@@ -93,6 +94,8 @@ class World:
         self.tokens_by_identity: dict[tuple[int, int], Token] = {}
         self.sessions: dict[int, Session] = {}
         self.sessions_by_digest: dict[bytes, Session] = {}
+        # Handles that the sessions of a user hold together, by user id.
+        self.handles: collections.Counter[int] = collections.Counter()
         self.leases: dict[int, Lease] = {}
         self.last = 0
         self._forgotten: list[str] = []
@@ -251,16 +254,24 @@ class World:
     def give(self, session: Session, target: Target, rights: Rights) -> int:
         """Make a handle."""
         handle = session.next_handle
-        session.next_handle += 1
-        session.grips[handle] = Grip(target, rights)
-        self.refer(target)
+        self.hold(session, handle, Grip(target, rights))
         kind = "b" if isinstance(target, Bank) else "o"
         self.journal.put(f"h{session.number}.{handle}", [kind, target.number, int(rights)])
         return handle
 
+    def hold(self, session: Session, handle: int, grip: Grip) -> None:
+        """Enter a handle, new or from the journal."""
+        session.grips[handle] = grip
+        session.next_handle = max(session.next_handle, handle + 1)
+        self.handles[session.uid] += 1
+        self.refer(grip.target)
+
     def close_handle(self, session: Session, handle: int) -> None:
         """Give a handle up."""
         grip = session.grips.pop(handle)
+        self.handles[session.uid] -= 1
+        if not self.handles[session.uid]:
+            del self.handles[session.uid]
         self.journal.put(f"h{session.number}.{handle}", None)
         if isinstance(grip.target, Factory) and session.subscriptions.get(grip.target) == handle:
             del session.subscriptions[grip.target]
@@ -661,6 +672,11 @@ class World:
                 wrong.append(
                     f"version {held.version} of factory {held.number} does not know that it is shown"
                 )
+        held_by = collections.Counter[int]()
+        for session in self.sessions.values():
+            held_by[session.uid] += len(session.grips)
+        if +held_by != self.handles:
+            wrong.append(f"users hold the handles {+held_by}, and {self.handles} are counted")
         for bank, amount in due.items():
             if bank.used != amount:
                 wrong.append(f"bank {bank.number} is charged {bank.used} and should be {amount}")
