@@ -10,6 +10,7 @@ import os
 from typing import TYPE_CHECKING
 
 from quire.broker.borrowed import Borrowed, Lease
+from quire.broker.lending import copy_region
 from quire.broker.link import Link
 from quire.broker.operations import Handle, Operations, Survey, Taken
 from quire.broker.protocol import Rights
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
 
     from quire.broker.operations import Result, Steps
     from quire.broker.protocol import Description, Holder
+    from quire.region import Region
     from quire.snapshot import Snapshot
 
 __all__ = ["Client", "connect"]
@@ -152,6 +154,29 @@ class Client:
             await self.destroy(handle)
             raise
         return handle, lease
+
+    async def lend(
+        self,
+        region: Region,
+        offset: int = 0,
+        length: int | None = None,
+        *,
+        bank: Handle | None = None,
+        extent_bytes: int = 0,
+        discard: bool = False,
+    ) -> Handle:
+        """Make memory to be lent of what a region shows. A thread copies it."""
+        start, size = region._range(offset, length)
+        handle, lease = await self.memory(size, bank=bank, extent_bytes=extent_bytes)
+        try:
+            try:
+                await asyncio.to_thread(copy_region, lease, region, start, discard)
+            finally:
+                await self.give_back(lease)
+        except BaseException:
+            await self.destroy(handle)
+            raise
+        return handle
 
     async def lease(
         self, handle: Handle, offset: int = 0, length: int | None = None, write: bool = False

@@ -11,6 +11,7 @@ import threading
 from typing import TYPE_CHECKING
 
 from quire.broker.borrowed import Borrowed, Lease
+from quire.broker.lending import copy_region
 from quire.broker.link import Link
 from quire.broker.operations import Handle, Operations, Survey, Taken
 from quire.broker.protocol import Rights
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
 
     from quire.broker.operations import Result, Steps
     from quire.broker.protocol import Description, Holder
+    from quire.region import Region
     from quire.snapshot import Snapshot
 
 __all__ = ["Client", "connect"]
@@ -209,6 +211,50 @@ class Client(Closing):
             self.destroy(handle)
             raise
         return handle, lease
+
+    def lend(
+        self,
+        region: Region,
+        offset: int = 0,
+        length: int | None = None,
+        *,
+        bank: Handle | None = None,
+        extent_bytes: int = 0,
+        discard: bool = False,
+    ) -> Handle:
+        """Make memory to be lent of what a region shows. Nobody can write to it, this client neither.
+
+        The range is filled and copied before anybody can lease it; blocks for so long. Taking the memory back
+        or destroying it does nothing to the region, and the region's pages may come and go. What the source
+        shows later does not appear in it.
+
+        Args:
+            region: Shared or not.
+            offset: Start in bytes.
+            length: Length in bytes, at least 1; None is all from the offset on.
+            bank: Pays for the copy; this user's bank by default. The region's own pages are this process's.
+            extent_bytes: As for `make`.
+            discard: Drop the region's windows in the range as they are copied: then there is one copy in the
+                end, and the region fills them again when they are touched.
+
+        Returns:
+            A handle with all rights; `publish` it, for instance.
+
+        Raises:
+            PageError: The region could not be filled. Nothing is left behind, as with the others.
+            QuotaExceeded: The bank, or one above it, has too little left; nothing was filled.
+            Revoked: The bank was destroyed meanwhile.
+            ValueError: The range is empty or outside the region, or the region is closed.
+        """
+        start, size = region._range(offset, length)
+        handle, lease = self.memory(size, bank=bank, extent_bytes=extent_bytes)
+        try:
+            with lease:
+                copy_region(lease, region, start, discard)
+        except BaseException:
+            self.destroy(handle)
+            raise
+        return handle
 
     def lease(self, handle: Handle, offset: int = 0, length: int | None = None, write: bool = False) -> Lease:
         """Have memory lent and mapped; it can be taken back at any time.

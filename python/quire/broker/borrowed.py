@@ -186,6 +186,22 @@ class Lease(ArrayViews, Closing):
             with self._view(False) as view, view[offset : offset + length] as part:
                 return part.tobytes()
 
+    def store(self, offset: int, data: bytes) -> None:
+        """Copy bytes in. It cannot be taken back in the middle, except by force; blocks as `writing` does.
+
+        Raises:
+            PermissionError: The lease is not for writing.
+            Revoked: Some of it was taken back.
+            ValueError: The range is not within the lease.
+        """
+        if not 0 <= offset <= offset + len(data) <= self._size:
+            raise ValueError(f"{len(data)} bytes at {offset} are not within a lease of {self._size}")
+        # In this order: a move waits for writers and then takes the lock.
+        with self.writing(), self._lock:
+            self._check(offset, offset + len(data))
+            with self._view(True) as view:
+                view[offset : offset + len(data)] = data
+
     def array(
         self, dtype: npt.DTypeLike, shape: int | Sequence[int] | None = None, offset: int = 0
     ) -> npt.NDArray[Any]:
