@@ -1,7 +1,6 @@
 """Clients that do what they should not. Others are served on, and nothing is lost or leaked."""
 
 import array
-import asyncio
 import contextlib
 import os
 import pathlib
@@ -17,7 +16,8 @@ from brokers import Inside, children, inside, until
 from support import PAGE, descriptor_count
 
 import quire
-from quire.broker import protocol, turns
+from quire.broker import protocol
+from quire.broker.penalties import Penalties
 from quire.broker.protocol import Rights
 
 MIB = 1 << 20
@@ -158,7 +158,6 @@ def test_descriptors_that_nobody_asked_for(broker, owner) -> None:
     opened = kinds()
     bank = raw.welcome.bank
     for descriptors in ([each] for each in opened):
-        assert raw.ask(protocol.Ping(1), descriptors).fault == "malformed"
         assert raw.ask(protocol.Deposit(2, bank), descriptors).fault in ("notimmutable", "malformed")
         assert raw.ask(protocol.Import(3), descriptors).fault in ("notimmutable", "unknown")
     assert raw.ask(protocol.Deposit(4, bank), opened).fault == "notimmutable"
@@ -167,10 +166,51 @@ def test_descriptors_that_nobody_asked_for(broker, owner) -> None:
     raw.sock.sendmsg([b"Q"], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", opened * 20))])
     raw.sock.sendall(b"B")
     assert raw.is_cut_off()
+    other = Raw(broker.path)
+    # Ping takes none.
+    other.send(protocol.Ping(1), opened)
+    assert other.is_cut_off()
     for each in opened:
         os.close(each)
     owner.ping()
     until(lambda: descriptor_count() <= before)
+
+
+def test_who_breaks_the_protocol_waits_when_it_comes_back(broker, owner) -> None:
+    """Others of its user are served on; a connection that it makes is not read for a while."""
+    for _ in range(2):
+        raw = Raw(broker.path)
+        raw.sock.sendall(b"garbage!")
+        assert raw.is_cut_off()
+    assert broker.do(lambda: broker.server._penalties.wait_seconds(os.getuid())) > 0
+    assert broker.do(lambda: broker.server._penalties.wait_seconds(os.getuid() + 1)) == 0
+    late = Raw(broker.path, hello=False)
+    broker.wait(lambda _world: len(broker.server._connections) == 2)
+    held_off = broker.do(lambda: [each._paused for each in broker.server._connections])
+    assert sorted(held_off) == [False, True]
+    owner.ping()
+    assert late.ask(protocol.Hello(1, 1)).client > 0
+
+
+def test_penalties_grow_and_are_forgotten() -> None:
+    now = [100.0]
+    penalties = Penalties(lambda: now[0])
+    waits = []
+    for _ in range(7):
+        penalties.offended(1)
+        waits.append(round(penalties.wait_seconds(1), 3))
+    assert waits == [0.05, 0.1, 0.2, 0.4, 0.8, 1.0, 1.0]
+    assert penalties.wait_seconds(2) == 0
+    now[0] += 0.75
+    assert penalties.wait_seconds(1) == pytest.approx(0.25)
+    now[0] += 9.0
+    penalties.offended(2)
+    assert penalties.wait_seconds(1) == 0
+    penalties.offended(1)
+    assert penalties.wait_seconds(1) == 1.0, "it came back too early to be forgotten"
+    now[0] += 11.0
+    penalties.offended(2)
+    assert set(penalties._terms) == {2}
 
 
 def test_layers_that_may_cost_more_or_come_twice(broker) -> None:
@@ -276,43 +316,6 @@ def test_a_flood_is_read_slowly_and_others_are_served(tmp_path: pathlib.Path) ->
             stop.set()
             thread.join()
             raw.sock.close()
-
-
-class Scripted:
-    """A connection with so many frames, each of which takes so long."""
-
-    def __init__(self, uid: int, frames: int, seconds: float, order: list[int]) -> None:
-        self.uid, self.frames, self.seconds, self.order = uid, frames, seconds, order
-
-    def serve_one(self) -> bool:
-        if not self.frames:
-            return False
-        self.frames -= 1
-        self.order.append(self.uid)
-        end = time.monotonic() + self.seconds
-        while time.monotonic() < end:
-            pass
-        return self.frames > 0
-
-
-def test_users_take_turns_however_many_connections_they_have() -> None:
-    """A user waits for one turn of each other user, not for all that those have sent."""
-    order: list[int] = []
-
-    async def run() -> None:
-        all_turns = turns.Turns()
-        many = [Scripted(1, 5, 2 * turns._USER_SECONDS, order) for _ in range(20)]
-        for each in many:
-            all_turns.join(each)
-        few = Scripted(2, 3, 2 * turns._USER_SECONDS, order)
-        all_turns.join(few)
-        assert all_turns.waits(few)
-        while few.frames or any(each.frames for each in many):
-            await asyncio.sleep(0)
-        assert not all_turns.waits(few)
-
-    asyncio.run(run())
-    assert order == [1, 2] * 3 + [1] * 97
 
 
 def test_a_lease_is_not_cut_into_crumbs(broker, owner) -> None:

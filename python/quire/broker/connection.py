@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import array
 import asyncio
 import contextlib
 import errno
@@ -16,22 +15,21 @@ import time
 from collections import deque
 from typing import TYPE_CHECKING
 
-from quire.broker.protocol import MAX_OUTSTANDING, FrameReader, decode_request, encode
-from quire.broker.sessions import Port
+from quire.broker.ancillary import ROOM_BYTES, received, rights
+from quire.broker.protocol import MAX_OUTSTANDING, WITH_DESCRIPTORS, FrameReader, decode_request, encode
 from quire.errors import Malformed
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from quire.broker.protocol import ClientMessage
+    from quire.broker.protocol import ClientMessage, Message
     from quire.broker.sessions import Session
     from quire.broker.turns import Turns
 
 __all__ = ["Connection", "Limits", "discard"]
 
-_INT_BYTES = array.array("i").itemsize
-_ANCILLARY_BYTES = socket.CMSG_SPACE(253 * _INT_BYTES) + 256
 _READ_BYTES = 1 << 16
+_WRITE_BYTES = 1 << 14
 _MAX_UNSENT_BYTES = 4 << 20
 _MAX_UNREAD_DESCRIPTORS = 128
 _RETRY_SECONDS = 0.005
@@ -94,7 +92,7 @@ class Limits:
         self.frame_seconds = frame_seconds
 
 
-class Connection(Port):
+class Connection:
     """A connected client. Requests are carried out one after another, in order."""
 
     def __init__(
@@ -118,6 +116,8 @@ class Connection(Port):
             OSError: The peer has gone already.
         """
         self._sock = sock
+        # The loop makes a text of what it does not know; that of a number is short.
+        self._number = sock.fileno()
         self._limits = limits
         self._turns = turns
         self._serve = serve
@@ -134,7 +134,9 @@ class Connection(Port):
         self._paused = False
         self._deadline: asyncio.TimerHandle | None = None
         self._retry: asyncio.TimerHandle | None = None
+        self._held_back = False
         self.closed = False
+        self.offended = False
         self.outstanding = 0
         self.why = ""
         self.session: Session | None = None
@@ -148,7 +150,7 @@ class Connection(Port):
     def _peer_pidfd(self) -> int:
         """A pidfd of the peer; -1 where its process cannot be told from a later one of the same number."""
         try:
-            data = self._sock.getsockopt(socket.SOL_SOCKET, SO_PEERPIDFD, _INT_BYTES)
+            data = self._sock.getsockopt(socket.SOL_SOCKET, SO_PEERPIDFD, struct.calcsize("i"))
             return int(struct.unpack("i", data)[0])
         except OSError:
             # Before Linux 6.5: as long as the connection is open the peer most likely lives.
@@ -174,12 +176,12 @@ class Connection(Port):
     def _read_on(self) -> None:
         if not self._reading and not self.closed and not self._paused:
             self._reading = True
-            self._loop.add_reader(self._sock, self._readable)
+            self._loop.add_reader(self._number, self._readable)
 
     def _read_no_more(self) -> None:
         if self._reading:
             self._reading = False
-            self._loop.remove_reader(self._sock)
+            self._loop.remove_reader(self._number)
 
     def _readable(self) -> None:
         if self._turns.waits(self):
@@ -187,25 +189,19 @@ class Connection(Port):
             self._read_no_more()
             return
         try:
-            data, ancillary, flags, _ = self._sock.recvmsg(
-                _READ_BYTES, _ANCILLARY_BYTES, socket.MSG_CMSG_CLOEXEC
-            )
+            data, ancillary, flags, _ = self._sock.recvmsg(_READ_BYTES, ROOM_BYTES, socket.MSG_CMSG_CLOEXEC)
         except BlockingIOError:
             return
         except OSError as error:
             self.drop(f"recvmsg: {error}")
             return
-        descriptors: list[int] = []
-        for level, kind, content in ancillary:
-            if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
-                descriptors += array.array("i", content[: len(content) - len(content) % _INT_BYTES])
-        self._frames.feed(data, descriptors)
+        self._frames.feed(data, received(ancillary))
         if flags & socket.MSG_CTRUNC:
-            self.drop("it sent more descriptors than may come")
+            self.offend("it sent more descriptors than may come")
         elif not data:
             self.drop("")
         else:
-            self.work()
+            self._turns.arrive(self)
 
     def work(self) -> None:
         """Have the frames that have come served, when it is this connection's turn."""
@@ -213,44 +209,76 @@ class Connection(Port):
             self._paused = False
             self._turns.join(self)
 
-    def serve_one(self) -> bool:
-        """Serve one frame that has come, if the client's limits allow; False if none is left for now."""
+    def hold_off(self, seconds: float) -> None:
+        """Read nothing for a while; for a connection that was just accepted. It has its time from then on."""
+        self._expect_nothing()
+        self._pause()
+
+        def go_on() -> None:
+            if not self.closed:
+                self._expect()
+                self._paused = False
+                self._read_on()
+
+        self._loop.call_later(seconds, go_on)
+
+    def serve(self, until_ns: int) -> bool:
+        """Serve frames that have come, as far as the client's limits allow; their replies are sent together.
+
+        Args:
+            until_ns: When to stop, on the monotonic clock; one frame is served in any case.
+
+        Returns:
+            Whether there may be more that may be served now.
+        """
+        self._held_back = True
+        try:
+            while (more := self._serve_one()) and time.monotonic_ns() < until_ns:
+                pass
+        finally:
+            self._held_back = False
+            if self._unsent and not self._writing and self._retry is None:
+                self._writable()
+        return more
+
+    def _serve_one(self) -> bool:
+        """Serve one frame that has come; False if none is left for now."""
         if self.closed or self._paused:
             return False
         try:
-            frame = next(self._frames.frames(), None)
-            if frame is not None:
-                payload, descriptors = frame
+            frame = self._frames.take()
+            if frame is None:
+                if self._frames.partial:
+                    self._expect()
+                self._read_on()
+                return False
+            payload, descriptors = frame
+            if self._deadline is not None:
                 self._expect_nothing()
-                try:
-                    message = decode_request(payload)
-                except BaseException:
-                    discard(descriptors)
-                    raise
-                self._serve(self, message, descriptors)
+            try:
+                message = decode_request(payload)
+            except BaseException:
+                discard(descriptors)
+                raise
+            if descriptors and not isinstance(message, WITH_DESCRIPTORS):
+                discard(descriptors)
+                raise Malformed(f"{type(message).__name__} comes without descriptors")
+            self._serve(self, message, descriptors)
         except Malformed as error:
-            self.drop(str(error))
+            self.offend(str(error))
             return False
         if self._gone():
             return False
-        if frame is None:
-            if self._frames.partial:
-                self._expect()
-            self._read_on()
-            return False
-        wait = self._wait_seconds()
         if self.outstanding >= MAX_OUTSTANDING:
             # Whoever answers calls `work` again.
             self._pause()
             return False
+        wait = self._wait_seconds()
         if wait > 0:
             self._pause()
             self._loop.call_later(wait, self.work)
             return False
-        if self._frames.partial or self._frames.descriptors:
-            return True
-        self._read_on()
-        return False
+        return True
 
     def _gone(self) -> bool:
         """Whether serving a message has closed the connection."""
@@ -271,9 +299,9 @@ class Connection(Port):
 
     # Writing
 
-    def post(self, message: object, descriptors: list[int]) -> None:
+    def post(self, message: Message, descriptors: list[int]) -> None:
         """Send a message, now or as soon as the client reads; the descriptors are closed afterwards."""
-        self.post_frame(encode(message, len(descriptors)), descriptors)  # type: ignore[arg-type]
+        self.post_frame(encode(message, len(descriptors)), descriptors)
 
     def post_frame(self, frame: bytes, descriptors: list[int]) -> None:
         """Send a frame that is encoded already."""
@@ -285,20 +313,34 @@ class Connection(Port):
         self._unsent_bytes += len(frame)
         if self._unsent_bytes > _MAX_UNSENT_BYTES:
             self.drop("it does not read what it is sent")
-        elif len(self._unsent) == 1:
+        elif len(self._unsent) == 1 and not self._held_back:
             self._writable()
+
+    def _join(self) -> None:
+        """Make one of the frames at the head that have no descriptors: they are sent with one call."""
+        count, size = 0, 0
+        for rest, descriptors in self._unsent:
+            if descriptors or size > _WRITE_BYTES:
+                break
+            count += 1
+            size += len(rest)
+        if count > 1:
+            whole = b"".join([self._unsent.popleft()[0] for _ in range(count)])
+            self._unsent.appendleft((memoryview(whole), []))
 
     def _writable(self) -> None:
         while self._unsent:
+            if len(self._unsent) > 1:
+                self._join()
             rest, descriptors = self._unsent[0]
             if descriptors and not self._may_fly(len(descriptors)):
                 self._try_later()
                 return
-            ancillary = []
-            if descriptors:
-                ancillary = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", descriptors))]
             try:
-                sent = self._sock.sendmsg([rest], ancillary, socket.MSG_NOSIGNAL)
+                if descriptors:
+                    sent = self._sock.sendmsg([rest], rights(descriptors), socket.MSG_NOSIGNAL)
+                else:
+                    sent = self._sock.send(rest, socket.MSG_NOSIGNAL)
             except BlockingIOError:
                 self._write_on()
                 return
@@ -321,13 +363,13 @@ class Connection(Port):
     def _write_on(self) -> None:
         if not self._writing:
             self._writing = True
-            self._loop.add_writer(self._sock, self._writable)
+            self._loop.add_writer(self._number, self._writable)
 
     def _write_no_more(self) -> None:
         # The loop takes long to find that there is nothing to remove, and most replies are sent at once.
         if self._writing:
             self._writing = False
-            self._loop.remove_writer(self._sock)
+            self._loop.remove_writer(self._number)
 
     def _may_fly(self, count: int) -> bool:
         """Whether so many descriptors more may wait in the client's queue.
@@ -353,6 +395,11 @@ class Connection(Port):
             self._writable()
 
     # The end
+
+    def offend(self, why: str) -> None:
+        """Close the connection of somebody who does not keep to the protocol."""
+        self.offended = True
+        self.drop(why)
 
     def drop(self, why: str) -> None:
         """Close the connection; ``why`` is empty where the client closed it."""

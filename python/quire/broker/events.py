@@ -25,7 +25,7 @@ _log = logging.getLogger("quire.broker")
 _CAPACITY = 4096
 _END_SECONDS = 2.0
 _NOT_LOGGED = {"id", "session", "rights", "users"}
-_ROUTINE = (
+_ROUTINE = {
     protocol.Ping,
     protocol.Bye,
     protocol.Describe,
@@ -38,7 +38,7 @@ _ROUTINE = (
     protocol.Weaken,
     protocol.Close,
     protocol.List,
-)
+}
 """Requests that are told of at the level debug: they come by thousands and change little."""
 
 
@@ -49,7 +49,7 @@ def client_fields(session: Session) -> dict[str, Any]:
 
 def carried_out(session: Session, message: protocol.Request, reply: protocol.Reply) -> None:
     """Log a request that was carried out, with the client, the object and its bank."""
-    level = logging.DEBUG if isinstance(message, _ROUTINE) else logging.INFO
+    level = logging.DEBUG if type(message) in _ROUTINE else logging.INFO
     if not _log.isEnabledFor(level):
         return
     fields = client_fields(session)
@@ -73,7 +73,7 @@ def carried_out(session: Session, message: protocol.Request, reply: protocol.Rep
             {"client": each.client, "result": each.result, "why": each.why, "ended": each.ended}
             for each in reply.outcomes
         ]
-    _log.log(level, type(message).__name__.lower(), extra={"fields": fields})
+    _log.log(level, protocol.tag(message), extra={"fields": fields})
 
 
 class JsonFormatter(logging.Formatter):

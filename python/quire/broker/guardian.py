@@ -6,7 +6,6 @@ looks into nothing that it keeps.
 
 from __future__ import annotations
 
-import array
 import errno
 import fcntl
 import os
@@ -16,13 +15,13 @@ import socket
 import struct
 from typing import TYPE_CHECKING
 
+from quire.broker.ancillary import ROOM_BYTES, received
+
 if TYPE_CHECKING:
     from collections.abc import Callable
 
 __all__ = ["Guardian"]
 
-_INT_BYTES = array.array("i").itemsize
-_ANCILLARY_BYTES = socket.CMSG_SPACE(253 * _INT_BYTES) + socket.CMSG_SPACE(3 * _INT_BYTES)
 _MAX_FAILURES = 5
 _FIRST = 3
 
@@ -129,20 +128,16 @@ class Guardian:
         """Read every datagram that waits."""
         while True:
             try:
-                data, ancillary, _flags, _ = self._notices.recvmsg(
-                    4096, _ANCILLARY_BYTES, socket.MSG_CMSG_CLOEXEC
-                )
+                data, ancillary, _flags, _ = self._notices.recvmsg(4096, ROOM_BYTES, socket.MSG_CMSG_CLOEXEC)
             except OSError as error:
                 if error.errno in (errno.EAGAIN, errno.EINTR):
                     return
                 raise
             sender = 0
-            descriptors: list[int] = []
+            descriptors = received(ancillary)
             for level, kind, content in ancillary:
                 if level == socket.SOL_SOCKET and kind == socket.SCM_CREDENTIALS:
                     sender = struct.unpack("3i", content[:12])[0]
-                elif level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
-                    descriptors += array.array("i", content[: len(content) - len(content) % _INT_BYTES])
             if sender == self._child:
                 self._serve(data, descriptors)
             for descriptor in descriptors:

@@ -6,9 +6,10 @@ the next start (sd_listen_fds(3)).
 
 from __future__ import annotations
 
-import array
 import os
 import socket
+
+from quire.broker.ancillary import rights
 
 __all__ = ["Keeper", "inherited"]
 
@@ -92,10 +93,7 @@ class Keeper:
     def _tell(self, text: str, descriptor: int = -1) -> None:
         if self._sock is None:
             return
-        ancillary = []
-        if descriptor >= 0:
-            ancillary = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", [descriptor]))]
-        self._sock.sendmsg([text.encode()], ancillary)
+        self._sock.sendmsg([text.encode()], rights([descriptor] if descriptor >= 0 else []))
 
     def close(self) -> None:
         """Close the connection."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import array
 import contextlib
 import errno
 import logging
@@ -15,6 +14,7 @@ from concurrent.futures import Future
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from quire.broker import protocol
+from quire.broker.ancillary import ROOM_BYTES, received, rights
 from quire.errors import ForkedError, Malformed, NotImmutable, QuotaExceeded, Revoked, Stalled, Unsupported
 
 if TYPE_CHECKING:
@@ -25,8 +25,6 @@ if TYPE_CHECKING:
 __all__ = ["Link"]
 
 _log = logging.getLogger("quire.client")
-_INT_BYTES = array.array("i").itemsize
-_ANCILLARY_BYTES = socket.CMSG_SPACE(253 * _INT_BYTES) + 256
 _RETRY_SECONDS = 0.02
 
 
@@ -126,7 +124,7 @@ class Link:
                 hello = protocol.Hello(0, protocol.VERSION, self._token)
                 sock.sendall(protocol.encode(hello))
                 frames = protocol.FrameReader()
-                replies: list[tuple[bytes, list[int]]] = []
+                replies: list[tuple[bytearray, list[int]]] = []
                 while not replies:
                     # Byte for byte, so that nothing of what follows is taken: the header, then the rest.
                     more = frames.missing_bytes
@@ -213,9 +211,7 @@ class Link:
     def _send(self, frame: bytes, descriptors: list[int]) -> None:
         """Send with the lock held. What cannot be sent is sent again by the thread when it has come back."""
         rest = memoryview(frame)
-        ancillary = (
-            [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", descriptors))] if descriptors else []
-        )
+        ancillary = rights(descriptors)
         try:
             while rest:
                 sent = self._sock.sendmsg([rest], ancillary, socket.MSG_NOSIGNAL)
@@ -244,21 +240,17 @@ class Link:
         frames = protocol.FrameReader()
         try:
             while True:
-                data, ancillary, _, _ = self._sock.recvmsg(1 << 16, _ANCILLARY_BYTES, socket.MSG_CMSG_CLOEXEC)
-                descriptors: list[int] = []
-                for level, kind, content in ancillary:
-                    if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
-                        descriptors += array.array("i", content[: len(content) - len(content) % _INT_BYTES])
+                data, ancillary, _, _ = self._sock.recvmsg(1 << 16, ROOM_BYTES, socket.MSG_CMSG_CLOEXEC)
+                frames.feed(data, received(ancillary))
                 if not data:
                     raise ConnectionResetError(errno.ECONNRESET, "the broker closed the connection")
-                frames.feed(data, descriptors)
                 for payload, own in frames.frames():
                     self._take(payload, own)
         finally:
             for descriptor in frames.descriptors:
                 os.close(descriptor)
 
-    def _take(self, payload: bytes, descriptors: list[int]) -> None:
+    def _take(self, payload: bytes | bytearray, descriptors: list[int]) -> None:
         try:
             message = protocol.decode_reply(payload)
         except BaseException:

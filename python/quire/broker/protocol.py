@@ -323,6 +323,10 @@ ClientMessage: TypeAlias = (
 )
 
 
+WITH_DESCRIPTORS = (Deposit, Import)
+"""Requests that descriptors may come with; with others they end the connection."""
+
+
 class Reply(Message, frozen=True):
     """What answers a request."""
 
@@ -552,7 +556,12 @@ def encode(message: Message, descriptors: int = 0) -> bytes:
     return _HEADER.pack(_MAGIC, VERSION, descriptors, len(payload)) + payload
 
 
-def decode_request(payload: bytes) -> ClientMessage:
+def tag(message: Message) -> str:
+    """What a message is called on the wire."""
+    return message.__struct_config__.tag  # type: ignore[return-value]
+
+
+def decode_request(payload: bytes | bytearray) -> ClientMessage:
     """Read what a client sent.
 
     Raises:
@@ -572,7 +581,7 @@ def decode_request(payload: bytes) -> ClientMessage:
     return message
 
 
-def decode_reply(payload: bytes) -> ServerMessage:
+def decode_reply(payload: bytes | bytearray) -> ServerMessage:
     """Read what the broker sent.
 
     Raises:
@@ -610,27 +619,37 @@ class FrameReader:
         self._data += data
         self.descriptors.extend(descriptors)
 
-    def frames(self) -> Iterator[tuple[bytes, list[int]]]:
-        """Take the frames that are complete: payload, and descriptors that are the caller's from then on.
+    def take(self) -> tuple[bytearray, list[int]] | None:
+        """Take the next frame that is complete; None if there is none yet.
+
+        Returns:
+            Its payload, and its descriptors, which are the caller's from then on.
 
         Raises:
             Malformed: The bytes are no frames, or descriptors and frames disagree. The stream is of no use
                 any more.
         """
-        while len(self._data) >= HEADER_BYTES:
-            magic, version, count, length = _HEADER.unpack_from(self._data)
+        data = self._data
+        if len(data) >= HEADER_BYTES:
+            magic, version, count, length = _HEADER.unpack_from(data)
             if magic != _MAGIC or version != VERSION:
                 raise Malformed(
                     f"a frame starts with {_MAGIC!r} and version {VERSION}, not {magic!r}, {version}"
                 )
             if length > MAX_PAYLOAD_BYTES or count > MAX_DESCRIPTORS:
                 raise Malformed(f"a frame announces {length} bytes and {count} descriptors; that is too much")
-            if len(self._data) < HEADER_BYTES + length:
-                break
-            if len(self.descriptors) < count:
-                raise Malformed(f"a frame announces {count} descriptors, {len(self.descriptors)} came")
-            payload = bytes(self._data[HEADER_BYTES : HEADER_BYTES + length])
-            del self._data[: HEADER_BYTES + length]
-            yield payload, [self.descriptors.popleft() for _ in range(count)]
-        if self.descriptors and (len(self.descriptors) > MAX_DESCRIPTORS or not self._data):
+            end = HEADER_BYTES + length
+            if len(data) >= end:
+                if len(self.descriptors) < count:
+                    raise Malformed(f"a frame announces {count} descriptors, {len(self.descriptors)} came")
+                payload = data[HEADER_BYTES:end]
+                del data[:end]
+                return payload, [self.descriptors.popleft() for _ in range(count)] if count else []
+        if self.descriptors and (len(self.descriptors) > MAX_DESCRIPTORS or not data):
             raise Malformed(f"{len(self.descriptors)} descriptors came that no frame announces")
+        return None
+
+    def frames(self) -> Iterator[tuple[bytearray, list[int]]]:
+        """Take all frames that are complete, as `take` does."""
+        while (frame := self.take()) is not None:
+            yield frame

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import os
-from typing import TYPE_CHECKING, TypeAlias, cast
+from typing import TYPE_CHECKING, Any, TypeAlias, cast, get_args
 
 from quire import _native
 from quire.broker import objects, protocol, rows
@@ -23,13 +23,14 @@ from quire.broker.world import Name
 from quire.errors import Malformed, QuotaExceeded
 
 if TYPE_CHECKING:
-    from collections.abc import Coroutine
+    from collections.abc import Callable, Coroutine
 
     from quire.broker.config import Config
     from quire.broker.factory import Announcer
     from quire.broker.protocol import Reply
     from quire.broker.revocation import Revoker
     from quire.broker.sessions import Session
+    from quire.broker.turns import Turns
     from quire.broker.world import World
 
     Answer: TypeAlias = tuple[Reply, list[str]]
@@ -56,12 +57,20 @@ def _check_administrator(session: Session) -> None:
 class Requests:
     """Carries requests out on the world."""
 
-    def __init__(self, world: World, revoker: Revoker, announcer: Announcer, config: Config) -> None:
+    def __init__(
+        self, world: World, revoker: Revoker, announcer: Announcer, turns: Turns, config: Config
+    ) -> None:
         """Prepare."""
         self._world = world
         self._revoker = revoker
         self._announcer = announcer
+        self._turns = turns
         self._config = config
+        self._handlers: dict[type[protocol.Request], Callable[..., Any]] = {
+            kind: getattr(self, f"_{kind.__name__.lower()}")
+            for kind in get_args(protocol.ClientMessage)
+            if kind not in (protocol.Hello, protocol.Acknowledge)
+        }
 
     def __call__(
         self, session: Session, message: protocol.Request, descriptors: list[int]
@@ -71,11 +80,8 @@ class Requests:
         Raises:
             Exception: What went wrong; nothing was changed.
         """
-        handler = getattr(self, f"_{type(message).__name__.lower()}")
-        if descriptors and not isinstance(message, protocol.Deposit | protocol.Import):
-            discard(descriptors)
-            raise Malformed(f"{type(message).__name__} comes without descriptors")
-        if isinstance(message, protocol.Deposit | protocol.Import):
+        handler = self._handlers[type(message)]
+        if isinstance(message, protocol.WITH_DESCRIPTORS):
             return cast("Answer", handler(session, message, descriptors))
         return cast("Answer", handler(session, message))
 
@@ -118,7 +124,7 @@ class Requests:
         return protocol.Done(message.id), []
 
     async def _bye(self, session: Session, message: protocol.Bye) -> Answer:
-        await self._world.close_handles(session)
+        await self._turns.run(session.uid, self._world.close_handles(session))
         return protocol.Done(message.id), []
 
     def _describe(self, session: Session, message: protocol.Describe) -> Answer:

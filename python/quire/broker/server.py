@@ -12,7 +12,7 @@ import signal
 import socket
 import stat
 import sys
-from collections import deque
+from collections import Counter, deque
 from typing import TYPE_CHECKING, Any
 
 from quire.broker import events, protocol
@@ -23,6 +23,7 @@ from quire.broker.factory import Announcer
 from quire.broker.journal import Journal
 from quire.broker.keeper import Keeper, inherited
 from quire.broker.metrics import Counters, exporting
+from quire.broker.penalties import Penalties
 from quire.broker.protocol import Rights
 from quire.broker.recovery import restore
 from quire.broker.requests import Requests
@@ -104,7 +105,8 @@ class Server:
         reserve = self._bank("reserve", Amount(config.reserve_bytes, 0, 64))
         self.revoker = Revoker(self.world, reserve, move_ms=config.move_ms, policy=config.policy)
         self.announcer = Announcer(self.world)
-        self._requests = Requests(self.world, self.revoker, self.announcer, config)
+        self._turns = Turns()
+        self._requests = Requests(self.world, self.revoker, self.announcer, self._turns, config)
         self.world.reclaim = lambda memory: self._spawned(self.revoker.reclaim(memory))
         self.world.announce = self.announcer.announce
         self.world.commit()
@@ -116,14 +118,15 @@ class Server:
             connections=config.connections,
             frame_seconds=config.frame_seconds,
         )
-        self._turns = Turns()
         self.counters = Counters()
         self._connections: set[Connection] = set()
+        self._by_user: Counter[int] = Counter()
         self._queues: dict[Connection, deque[tuple[protocol.Request, list[int]]]] = {}
         self._busy: set[Connection] = set()
         self._tasks: set[Awaitable[object]] = set()
         self._came_back = asyncio.Event()
         self._most = 2 * config.connections
+        self._penalties = Penalties()
 
     def _bank(self, name: str, limit: Amount) -> Bank:
         """A bank of the broker's own, below the root; its limit is what the configuration says now."""
@@ -214,13 +217,16 @@ class Server:
         except OSError:
             sock.close()
             return
-        same_user = sum(1 for each in self._connections if each.uid == connection.uid)
+        same_user = self._by_user[connection.uid]
+        self._by_user[connection.uid] += 1
         self._connections.add(connection)
         self._queues[connection] = deque()
         if self._config.users is not None and connection.uid not in self._config.users:
             connection.drop("its user may not connect")
         elif same_user >= self._limits.connections:
             connection.drop(f"its user has {same_user} connections")
+        elif (seconds := self._penalties.wait_seconds(connection.uid)) > 0:
+            connection.hold_off(seconds)
 
     def _closed(self, connection: Connection) -> None:
         if connection.why:
@@ -229,7 +235,12 @@ class Server:
             if connection.session is not None:
                 fields["client"] = connection.session.number
             _log.warning("connection closed by the broker", extra={"fields": fields})
+        if connection.offended:
+            self._penalties.offended(connection.uid)
         self._connections.discard(connection)
+        self._by_user[connection.uid] -= 1
+        if not self._by_user[connection.uid]:
+            del self._by_user[connection.uid]
         for _, descriptors in self._queues.pop(connection, ()):
             discard(descriptors)
         session, connection.session = connection.session, None
@@ -281,12 +292,12 @@ class Server:
 
     async def _wind_up(self, session: Session) -> None:
         """Nothing is to be left of a session."""
-        await self.world.wind_up(session)
+        await self._turns.run(session.uid, self.world.wind_up(session))
         self._came_back.set()
 
     async def _give_up(self, session: Session) -> None:
         """A session loses its handles; what its process may have mapped stays entered."""
-        await self.world.close_handles(session)
+        await self._turns.run(session.uid, self.world.close_handles(session))
         self._came_back.set()
 
     @staticmethod
@@ -320,13 +331,12 @@ class Server:
         """Carry a message out, or queue it behind the one before it."""
         session = connection.session
         if isinstance(message, protocol.Acknowledge):
-            discard(descriptors)
             if session is not None:
                 self.revoker.acknowledged(session, message.serial, message.done)
             return
-        if (session is None) != isinstance(message, protocol.Hello):
+        if (session is None) != (type(message) is protocol.Hello):
             discard(descriptors)
-            connection.drop("a connection begins with one Hello")
+            connection.offend("a connection begins with one Hello")
             return
         connection.outstanding += 1
         if connection in self._busy:
@@ -335,14 +345,12 @@ class Server:
         self._carry_out(connection, message, descriptors)
 
     def _carry_out(self, connection: Connection, message: protocol.Request, descriptors: list[int]) -> None:
-        name = type(message).__name__.lower()
-        crash_point(f"{name}:received")
-        if isinstance(message, protocol.Hello):
-            discard(descriptors)
+        crash_point(f"{protocol.tag(message)}:received")
+        session = connection.session
+        if session is None:
+            assert isinstance(message, protocol.Hello)
             self._hello(connection, message)
             return
-        session = connection.session
-        assert session is not None
         session.requests += 1
         number, payload, names = session.replies.get(message.id % _REPLIES, (-1, b"", []))
         if number == message.id:
@@ -382,7 +390,7 @@ class Server:
         self, connection: Connection, session: Session, message: protocol.Request, answer: Answer
     ) -> None:
         """Make what a request changed last, and answer it."""
-        name = type(message).__name__.lower()
+        name = protocol.tag(message)
         reply, names = answer
         self._count(session, message, reply)
         frame = protocol.encode(reply, len(names))
@@ -400,7 +408,7 @@ class Server:
 
     def _count(self, session: Session, message: protocol.Request, reply: protocol.Reply) -> None:
         """Count and log what was carried out."""
-        self.counters.requests[type(message).__name__.lower()] += 1
+        self.counters.requests[protocol.tag(message)] += 1
         if isinstance(reply, protocol.Revoked):
             self.counters.moved_bytes += reply.moved_bytes
             self.counters.outcomes.update(outcome.result for outcome in reply.outcomes)

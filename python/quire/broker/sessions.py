@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TYPE_CHECKING, Protocol, TypeAlias
 
 from quire.broker.protocol import Rights
 
@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from quire.broker.banks import Bank
     from quire.broker.leases import Lease
     from quire.broker.objects import Extent, Held
+    from quire.broker.protocol import Message
 
     Target: TypeAlias = Bank | Held
 
@@ -31,6 +32,16 @@ class Grip:
         """Hold an object."""
         self.target = target
         self.rights = rights
+
+
+class Port(Protocol):
+    """How events reach a client; the server's connections are ports."""
+
+    def post(self, message: Message, descriptors: list[int]) -> None:
+        """Send an event; the descriptors are the port's from now on, whatever happens."""
+
+    def drop(self, why: str) -> None:
+        """Close the connection."""
 
 
 class Session:
@@ -85,15 +96,3 @@ class Session:
         if missing:
             raise PermissionError(f"handle {handle} lacks the right {missing.name or int(missing)}")
         return held.target
-
-
-class Port:
-    """How events reach a client; the server's connections are ports."""
-
-    def post(self, message: object, descriptors: list[int]) -> None:
-        """Send an event; the descriptors are the port's from now on, whatever happens."""
-        raise NotImplementedError
-
-    def drop(self, why: str) -> None:
-        """Close the connection."""
-        raise NotImplementedError

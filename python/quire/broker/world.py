@@ -6,7 +6,6 @@ journal's next commit is always a whole.
 
 from __future__ import annotations
 
-import asyncio
 import collections
 import contextlib
 import fcntl
@@ -32,7 +31,7 @@ from quire.broker.sessions import Grip, Session, digest
 from quire.errors import Malformed, QuotaExceeded
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    from collections.abc import Callable, Iterable, Iterator
 
     from quire.broker.journal import Journal
     from quire.broker.keeper import Keeper
@@ -40,8 +39,8 @@ if TYPE_CHECKING:
 
 __all__ = ["Name", "World"]
 
-# A few milliseconds of work.
-_AT_ONCE = 16
+# Handles or leases that are given up with one record of the journal. Each may be the end of an object.
+_AT_ONCE = 4
 
 
 class Name:
@@ -277,23 +276,23 @@ class World:
             del session.subscriptions[grip.target]
         self.unrefer(grip.target)
 
-    async def close_handles(self, session: Session) -> None:
-        """Give up all handles of a session, a few in each turn of the loop: others are served in between."""
+    def close_handles(self, session: Session) -> Iterator[None]:
+        """Give up all handles of a session step by step: others are served in between."""
         while session.grips:
             for handle in list(itertools.islice(session.grips, _AT_ONCE)):
                 self.close_handle(session, handle)
             self.commit()
-            await asyncio.sleep(0)
+            yield
 
-    async def wind_up(self, session: Session) -> None:
-        """End a session that nobody can come back to, a little in each turn of the loop."""
+    def wind_up(self, session: Session) -> Iterator[None]:
+        """End a session that nobody can come back to step by step."""
         self.sessions_by_digest.pop(session.token_digest, None)
         while session.leases and session.number in self.sessions:
             for lease in list(itertools.islice(session.leases.values(), _AT_ONCE)):
                 self.cut_lease(lease, 0, lease.memory.padded_bytes)
             self.commit()
-            await asyncio.sleep(0)
-        await self.close_handles(session)
+            yield
+        yield from self.close_handles(session)
         if session.number in self.sessions:
             self.drop_session(session)
             self.commit()
