@@ -73,7 +73,7 @@ class Client(Closing):
             step = next(steps)
             while True:
                 try:
-                    answer = self._link.submit(*step).result()
+                    answer = self._link.ask(*step)
                 except Exception as error:  # noqa: BLE001 - raised again by the operation
                     step = steps.throw(error)
                 else:

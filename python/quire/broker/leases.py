@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bisect
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -53,17 +54,32 @@ class Lease:
         """The parts of it that lie within a range."""
         return [(max(a, start), min(b, stop)) for a, b in self.spans if a < stop and start < b]
 
+    def _touched(self, start: int, stop: int) -> tuple[int, int]:
+        """Which of the parts a range touches: the first, and the one behind the last."""
+        if start >= stop:
+            return 0, 0
+        return (
+            bisect.bisect_right(self.spans, start, key=lambda span: span[1]),
+            bisect.bisect_left(self.spans, stop, key=lambda span: span[0]),
+        )
+
     def splits(self, start: int, stop: int) -> bool:
         """Whether taking a range out would leave more parts than before."""
-        return any(a < start and stop < b for a, b in self.spans)
+        first, last = self._touched(start, stop)
+        return any(a < start and stop < b for a, b in self.spans[first:last])
 
     def cut(self, start: int, stop: int) -> None:
         """Take a range out of it; at the end nothing may be left."""
-        before = set(self.extents())
-        kept = [(a, min(b, start)) for a, b in self.spans if a < start]
-        kept += [(max(a, stop), b) for a, b in self.spans if b > stop]
-        self.spans = sorted(kept)
-        for extent in before - set(self.extents()):
-            extent.leases.pop(self, None)
+        first, last = self._touched(start, stop)
+        if first < last:
+            begin, end = self.spans[first][0], self.spans[last - 1][1]
+            left = [span for span in ((begin, start), (stop, end)) if span[0] < span[1]]
+            # A new list: the journal has the old one.
+            self.spans = [*self.spans[:first], *left, *self.spans[last:]]
+            for index in self.memory.within(max(start, begin), min(stop, end)):
+                extent = self.memory.extents[index]
+                low, high = self._touched(extent.start, extent.start + extent.length)
+                if low == high:
+                    extent.leases.pop(self, None)
         if not self.spans:
             self.memory.leases.pop(self, None)

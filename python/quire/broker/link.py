@@ -6,10 +6,12 @@ import contextlib
 import errno
 import logging
 import os
+import select
 import socket
 import struct
 import threading
 import time
+from collections import deque
 from concurrent.futures import Future
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -26,6 +28,7 @@ __all__ = ["Link"]
 
 _log = logging.getLogger("quire.client")
 _RETRY_SECONDS = 0.02
+_WITHOUT_WAITING = int(socket.MSG_CMSG_CLOEXEC | socket.MSG_DONTWAIT)
 
 
 def exception_of(fault: protocol.Fault) -> Exception:
@@ -55,19 +58,44 @@ def only_reply(reply: protocol.Reply, descriptors: list[int]) -> protocol.Reply:
 
 
 class _Asked:
-    """A request without its reply."""
+    """A request without its reply. Whoever reads settles it."""
+
+    __slots__ = ("descriptors", "finish", "frame", "future", "reply")
 
     def __init__(self, frame: bytes, descriptors: list[int], finish: Finish) -> None:
         self.frame = frame
         self.descriptors = descriptors
         self.finish = finish
-        self.future: Future[Any] = Future()
+        self.reply: protocol.Reply | None = None
+        # None as long as the one who asked reads himself.
+        self.future: Future[Any] | None = None
+
+    def promise(self) -> Future[Any]:
+        """Let somebody else settle it."""
+        self.future = Future()
         # A request that was sent cannot be cancelled.
         self.future.set_running_or_notify_cancel()
+        return self.future
 
     def close(self) -> None:
         while self.descriptors:
             os.close(self.descriptors.pop())
+
+    def settle(self, reply: protocol.Reply, descriptors: list[int]) -> None:
+        """Make the result; the descriptors belong to what finishes."""
+        self.close()
+        if self.future is None or self.future.done():
+            # It is done already where a signal handler came between, so that it was asked again.
+            self.reply = only_reply(reply, descriptors)
+        elif isinstance(reply, protocol.Fault):
+            self.future.set_exception(exception_of(reply))
+        else:
+            try:
+                result = self.finish(reply, descriptors)
+            except Exception as error:  # noqa: BLE001 - given to whoever asked
+                self.future.set_exception(error)
+            else:
+                self.future.set_result(result)
 
 
 class Link:
@@ -93,7 +121,8 @@ class Link:
         self._on_event = on_event
         self._pid = os.getpid()
         self._lock = threading.Lock()
-        self._room = threading.Semaphore(protocol.MAX_OUTSTANDING - 1)
+        # Fewer requests are without their reply, or the connection has ended.
+        self._changed = threading.Condition(self._lock)
         self._asked: dict[int, _Asked] = {}
         self._last = 0
         self._token = b""
@@ -101,6 +130,14 @@ class Link:
         self.failure: Exception | None = None
         self._sock, self.welcome = self._connect_first()
         self._token = self.welcome.session
+        # Whoever reads holds the lock. The thread waits for the socket, unless somebody else reads.
+        self._reading = threading.Lock()
+        self._ready = select.epoll()
+        self._poller = select.poll()
+        self._watch()
+        self._frames = protocol.FrameReader()
+        # Frames that were read by somebody else and are the thread's to take.
+        self._left: deque[tuple[bytearray, list[int]]] = deque()
         self._thread = threading.Thread(target=self._run, name="quire-client", daemon=True)
         self._thread.start()
 
@@ -176,21 +213,84 @@ class Link:
             ForkedError: This process was forked from the one that connected.
             Revoked: The connection has ended for good.
         """
+        self._check_caller()
+        with self._lock:
+            while not self.has_room and self.failure is None:
+                self._changed.wait()
+            asked = self._ask(kind, fields, descriptors, finish or only_reply)
+            future = asked.promise()
+            self._send(asked.frame, asked.descriptors)
+        return future
+
+    def ask(
+        self,
+        kind: type[protocol.Request],
+        fields: Mapping[str, object],
+        descriptors: Sequence[int] = (),
+        finish: Finish | None = None,
+    ) -> Any:
+        """Send a request and wait for its result.
+
+        Arguments and errors are those of `submit`; besides, it raises what the broker answered.
+
+        Unless somebody reads already, the one who waits reads: to wake the thread, and that this one, takes
+        longer than the broker does. The thread does not notice, as its epoll does not watch the socket
+        meanwhile. Events, and replies that are to be finished, are left to it with all that comes behind.
+        """
+        if finish is not None or not self.has_room or not self._reading.acquire(blocking=False):
+            return self.submit(kind, fields, descriptors, finish).result()
+        try:
+            self._check_caller()
+            with self._lock:
+                asked = self._ask(kind, fields, descriptors, only_reply)
+            # Before it sends: the broker may answer before this thread runs again.
+            self._ready.unregister(self._sock)
+            try:
+                with self._lock:
+                    self._send(asked.frame, asked.descriptors)
+                self._read_for(asked)
+            finally:
+                # A socket is writable, so the thread wakes up if there is something for it.
+                left = select.EPOLLOUT if self._left else 0
+                self._ready.register(self._sock, select.EPOLLIN | left)
+            reply = asked.reply
+            future = asked.promise() if reply is None else None
+        finally:
+            self._reading.release()
+        if future is not None:
+            return future.result()
+        if isinstance(reply, protocol.Fault):
+            raise exception_of(reply)
+        return reply
+
+    def _check_caller(self) -> None:
         if os.getpid() != self._pid:
             raise ForkedError("a connection to the broker belongs to the process that made it: connect again")
-        if threading.current_thread() is self._thread:
+        if threading.get_ident() == self._thread.ident:
             raise RuntimeError("a callback runs in the thread that reads the replies: it cannot ask for one")
-        self._room.acquire()
+
+    def _ask(
+        self,
+        kind: type[protocol.Request],
+        fields: Mapping[str, object],
+        descriptors: Sequence[int],
+        finish: Finish,
+    ) -> _Asked:
+        """Enter a request, with the lock held."""
+        if self.failure is not None:
+            raise Revoked(f"the connection to the broker has ended: {self.failure}") from self.failure
+        self._last = self._last % (2**32 - 1) + 1
+        frame = protocol.encode(kind(id=self._last, **fields), len(descriptors))
+        asked = _Asked(frame, [os.dup(descriptor) for descriptor in descriptors], finish)
+        self._asked[self._last] = asked
+        return asked
+
+    def _answered(self, number: int) -> _Asked | None:
+        """Take a request out whose reply has come."""
         with self._lock:
-            self._check()
-            self._last = self._last % (2**32 - 1) + 1
-            number = self._last
-            frame = protocol.encode(kind(id=number, **fields), len(descriptors))
-            asked = _Asked(frame, [os.dup(descriptor) for descriptor in descriptors], finish or only_reply)
-            self._asked[number] = asked
-            self._send(frame, asked.descriptors)
-        asked.future.add_done_callback(lambda _: self._room.release())
-        return asked.future
+            asked = self._asked.pop(number, None)
+            self._changed.notify()
+        return asked
 
     @property
     def has_room(self) -> bool:
@@ -202,11 +302,6 @@ class Link:
         with self._lock:
             if self.failure is None:
                 self._send(protocol.encode(protocol.Acknowledge(serial, done)), [])
-
-    def _check(self) -> None:
-        if self.failure is not None:
-            self._room.release()
-            raise Revoked(f"the connection to the broker has ended: {self.failure}") from self.failure
 
     def _send(self, frame: bytes, descriptors: list[int]) -> None:
         """Send with the lock held. What cannot be sent is sent again by the thread when it has come back."""
@@ -237,20 +332,68 @@ class Link:
             OSError: It broke.
             Malformed: The broker sent what is no message.
         """
-        frames = protocol.FrameReader()
-        try:
-            while True:
-                data, ancillary, _, _ = self._sock.recvmsg(1 << 16, ROOM_BYTES, socket.MSG_CMSG_CLOEXEC)
-                frames.feed(data, received(ancillary))
-                if not data:
-                    raise ConnectionResetError(errno.ECONNRESET, "the broker closed the connection")
-                for payload, own in frames.frames():
-                    self._take(payload, own)
-        finally:
-            for descriptor in frames.descriptors:
-                os.close(descriptor)
+        while True:
+            self._ready.poll()
+            with self._reading:
+                if self._left:
+                    self._ready.modify(self._sock, select.EPOLLIN)
+                while self._left:
+                    self._take(*self._left.popleft())
+                try:
+                    self._receive()
+                except BlockingIOError:
+                    # Somebody who waited for a reply has read it.
+                    continue
+                while (frame := self._frames.take()) is not None:
+                    self._take(*frame)
 
-    def _take(self, payload: bytes | bytearray, descriptors: list[int]) -> None:
+    def _receive(self) -> None:
+        """Read what is there.
+
+        Raises:
+            BlockingIOError: Nothing is.
+            OSError: The connection broke.
+        """
+        data, ancillary, _, _ = self._sock.recvmsg(1 << 16, ROOM_BYTES, _WITHOUT_WAITING)
+        self._frames.feed(data, received(ancillary))
+        if not data:
+            raise ConnectionResetError(errno.ECONNRESET, "the broker closed the connection")
+
+    def _read_for(self, asked: _Asked) -> None:
+        """Read in place of the thread until a reply has come, or something that is the thread's."""
+        while asked.reply is None and not self._left:
+            # A signal handler may raise here.
+            self._poller.poll()
+            try:
+                self._receive()
+                while not self._left and (frame := self._frames.take()) is not None:
+                    self._take_plain(*frame)
+            except (OSError, Malformed):
+                # The thread will find the same, and come back.
+                return
+            except BaseException:
+                # A signal handler raised: what was read may be lost, so the thread begins anew.
+                with contextlib.suppress(OSError):
+                    self._sock.shutdown(socket.SHUT_RDWR)
+                raise
+
+    def _take_plain(self, payload: bytearray, descriptors: list[int]) -> None:
+        """Take a reply that needs no finishing; leave anything else to the thread."""
+        try:
+            message = protocol.decode_reply(payload)
+        except Malformed:
+            # The thread raises it again.
+            message = None
+        if isinstance(message, protocol.Reply) and not descriptors:
+            asked = self._asked.get(message.id)
+            if asked is not None and asked.finish is only_reply:
+                # First of all: a signal handler may raise at any time, and what is entered is asked again.
+                asked.settle(message, descriptors)
+                self._answered(message.id)
+                return
+        self._left.append((payload, descriptors))
+
+    def _take(self, payload: bytearray, descriptors: list[int]) -> None:
         try:
             message = protocol.decode_reply(payload)
         except BaseException:
@@ -263,28 +406,19 @@ class Link:
             except Exception:  # noqa: BLE001 - the thread must go on
                 _log.exception("an event of the broker could not be handled: %r", message)
             return
-        with self._lock:
-            asked = self._asked.pop(message.id, None)
+        asked = self._answered(message.id)
         if asked is None:
             for descriptor in descriptors:
                 os.close(descriptor)
-            return
-        asked.close()
-        if isinstance(message, protocol.Fault):
-            asked.future.set_exception(exception_of(message))
-            return
-        try:
-            result = asked.finish(message, descriptors)
-        except Exception as error:  # noqa: BLE001 - given to whoever asked
-            asked.future.set_exception(error)
         else:
-            asked.future.set_result(result)
+            asked.settle(message, descriptors)
 
     def _come_back(self, cause: Exception) -> bool:
         """Connect again and ask again what has no reply; False if that is not to be."""
         end = time.monotonic() + self._timeout
-        with self._lock:
+        with self._reading, self._lock:
             self._sock.close()
+            self._drop_frames()
             while not self._closing.is_set():
                 try:
                     sock, welcome = self._connect()
@@ -299,19 +433,36 @@ class Link:
                     self._fail(cause)
                     return False
                 self._sock = sock
+                self._watch()
                 for number in sorted(self._asked, key=lambda number: (number - self._last) % 2**32):
                     self._send(self._asked[number].frame, self._asked[number].descriptors)
                 return True
             self._fail(cause)
             return False
 
+    def _watch(self) -> None:
+        """Have a new connection watched. The kernel forgets the one before when it is closed."""
+        self._ready.register(self._sock, select.EPOLLIN)
+        self._poller = select.poll()
+        self._poller.register(self._sock, select.POLLIN)
+
+    def _drop_frames(self) -> None:
+        """Forget what was read of a connection that has broken."""
+        for descriptors in (self._frames.descriptors, *(own for _, own in self._left)):
+            for descriptor in descriptors:
+                os.close(descriptor)
+        self._left.clear()
+        self._frames = protocol.FrameReader()
+
     def _fail(self, cause: Exception) -> None:
         """End for good, with the lock held."""
         self.failure = cause
         for asked in self._asked.values():
             asked.close()
-            asked.future.set_exception(Revoked(f"the connection to the broker has ended: {cause}"))
+            if asked.future is not None and not asked.future.done():
+                asked.future.set_exception(Revoked(f"the connection to the broker has ended: {cause}"))
         self._asked.clear()
+        self._changed.notify_all()
 
     def _said_bye(self, _reply: protocol.Reply, _descriptors: list[int]) -> None:
         self._closing.set()
@@ -320,6 +471,7 @@ class Link:
         """End the connection and wait for the thread. Idempotent."""
         if os.getpid() != self._pid:
             self._sock.close()
+            self._ready.close()
             return
         if not self._closing.is_set() and threading.current_thread() is not self._thread:
             # The thread must know before it sees the broker close the connection.
@@ -330,4 +482,6 @@ class Link:
             self._sock.shutdown(socket.SHUT_RDWR)
         if threading.current_thread() is not self._thread:
             self._thread.join(self._timeout)
-        self._sock.close()
+        with self._reading:
+            self._sock.close()
+            self._ready.close()

@@ -180,6 +180,7 @@ class Server:
             connection.drop("the broker ends")
         if self._tasks:
             await asyncio.gather(*self._tasks, return_exceptions=True)
+        self.world.readers.close()
 
     def _spawn(self, work: Awaitable[object]) -> None:
         self._spawned(asyncio.ensure_future(work))
@@ -449,7 +450,8 @@ class Server:
     def _open(self, name: str) -> int:
         world = self.world
         if name[0] == "x":
-            return world.extents[int(name[1:-1])].open_for(name[-1] == "w")
+            extent = world.extents[int(name[1:-1])]
+            return extent.open_for(True) if name[-1] == "w" else world.readers.open(extent)
         if name[0] == "y":
             return os.dup(world.layers[int(name[1:])].descriptor)
         return os.dup(world.tokens[int(name[1:])].descriptor)

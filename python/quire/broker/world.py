@@ -27,6 +27,7 @@ from quire.broker.objects import (
     check_layer,
 )
 from quire.broker.protocol import Rights
+from quire.broker.readers import Readers
 from quire.broker.sessions import Grip, Session, digest
 from quire.errors import Malformed, QuotaExceeded
 
@@ -96,6 +97,7 @@ class World:
         # Handles that the sessions of a user hold together, by user id.
         self.handles: collections.Counter[int] = collections.Counter()
         self.leases: dict[int, Lease] = {}
+        self.readers = Readers()
         self.last = 0
         self._forgotten: list[str] = []
         # What follows is set by the server: how to end memory, and whom to tell of versions.
@@ -337,6 +339,7 @@ class World:
         for extent in memory.extents:
             self.journal.put(f"x{extent.serial}", None)
             del self.extents[extent.serial]
+            self.readers.drop(extent.serial)
             try:
                 os.ftruncate(extent.descriptor, 0)
                 freed += extent.length
