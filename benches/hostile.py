@@ -148,10 +148,11 @@ while True:
     n += 1
 """,
     "sends descriptors that nobody asked for": """
-s = raw(); ready(); r, w = os.pipe()
+ready(); r, w = os.pipe()
 while True:
+    s = raw()
     s.sendmsg([p.encode(p.Ping(1), 60)], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", [r] * 60))])
-    s.recv(1 << 16)
+    s.recv(1 << 16); s.close()
 """,
     "has 60,000 mappings and is looked at": """
 import mmap

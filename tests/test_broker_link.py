@@ -2,6 +2,7 @@
 
 import os
 import pathlib
+import queue
 import signal
 import threading
 from collections.abc import Iterator
@@ -67,6 +68,20 @@ def test_an_event_is_the_threads_although_somebody_else_reads_it(broker) -> None
             os.kill(child.pid, signal.SIGCONT)
             waiting.join()
         client.ping()
+
+
+def test_a_reply_that_comes_behind_an_event_is_answered(broker) -> None:
+    """The broker tells of the present version before it answers Subscribe: both come with one read."""
+    told: queue.SimpleQueue[int] = queue.SimpleQueue()
+    with quire.connect(broker.path) as client, quire.Segment(PAGE) as segment:
+        factory = client.make_factory()
+        segment[0] = 1
+        with segment.snapshot() as snapshot:
+            client.put(factory, snapshot)
+        for _ in range(20):
+            client.subscribe(factory, told.put)
+            assert told.get(timeout=10) == 1
+            client.unsubscribe(factory)
 
 
 def test_many_threads_ask_at_once(broker) -> None:

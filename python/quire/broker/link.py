@@ -339,13 +339,15 @@ class Link:
                     self._ready.modify(self._sock, select.EPOLLIN)
                 while self._left:
                     self._take(*self._left.popleft())
-                try:
+                    self._take_all()
+                # Where there is nothing, somebody who waited for a reply has read it.
+                with contextlib.suppress(BlockingIOError):
                     self._receive()
-                except BlockingIOError:
-                    # Somebody who waited for a reply has read it.
-                    continue
-                while (frame := self._frames.take()) is not None:
-                    self._take(*frame)
+                    self._take_all()
+
+    def _take_all(self) -> None:
+        while (frame := self._frames.take()) is not None:
+            self._take(*frame)
 
     def _receive(self) -> None:
         """Read what is there.
