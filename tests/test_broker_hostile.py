@@ -18,6 +18,7 @@ import quire
 from quire.broker import protocol
 from quire.broker.penalties import Penalties
 from quire.broker.protocol import Rights
+from quire.broker.rates import Rate
 
 MIB = 1 << 20
 
@@ -191,6 +192,19 @@ def test_who_breaks_the_protocol_waits_when_it_comes_back(broker, owner) -> None
     assert late.ask(protocol.Hello(1, 1)).client > 0
 
 
+def test_a_rate_counts_what_requests_cost() -> None:
+    now = [0.0]
+    rate = Rate(1000.0, lambda: now[0])
+    # A tenth of a second's may be saved.
+    assert rate.take(100, 0) == 0
+    assert rate.take(1, 0) == pytest.approx(0.001)
+    now[0] += 0.011
+    assert rate.take(9, 9 * 25_000) == 0, "one that takes its time costs one"
+    assert rate.take(1, 50 * 25_000) == pytest.approx(0.049)
+    now[0] += 60
+    assert rate.take(101, 0) == pytest.approx(0.001), "no more than a tenth of a second's is saved"
+
+
 def test_penalties_grow_and_are_forgotten() -> None:
     now = [100.0]
     penalties = Penalties(lambda: now[0])
@@ -309,7 +323,7 @@ def test_a_flood_is_read_slowly_and_others_are_served(tmp_path: pathlib.Path) ->
         try:
             for _ in range(200):
                 client.ping()
-            served = broker.do(lambda: [each._tokens for each in broker.server._connections])
+            served = broker.do(lambda: [each._rate._left for each in broker.server._connections])
             assert min(served) < 0, "the flood was not slowed down"
         finally:
             stop.set()

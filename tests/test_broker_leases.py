@@ -3,7 +3,7 @@
 import itertools
 import os
 
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from support import PAGE
 
@@ -31,6 +31,7 @@ bounds = st.one_of(st.integers(0, PAGES), st.sampled_from([8, 16, 20]))
 ranges = st.tuples(bounds, bounds).map(sorted)
 
 
+@settings(deadline=None)
 @given(st.integers(1, 16), ranges.filter(lambda ends: ends[0] < ends[1]), st.lists(ranges, max_size=12))
 def test_parts_of_a_lease_are_the_pages_that_are_left(extent_pages, whole, cuts) -> None:
     """Compared with a set of pages after each cut, and so are the extents that know of the lease."""

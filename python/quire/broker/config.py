@@ -53,6 +53,7 @@ class Config(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
     resume_seconds: float = 10.0
     """How long a client may take to come back after the broker was restarted."""
     rate: float = 20_000.0
+    """Requests a second of a connection; one that takes long counts as several."""
     handles: int = 4096
     """Of a client."""
     user_handles: int = 16_384

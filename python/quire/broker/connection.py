@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 
 from quire.broker.ancillary import ROOM_BYTES, received, rights
 from quire.broker.protocol import MAX_OUTSTANDING, WITH_DESCRIPTORS, FrameReader, decode_request, encode
+from quire.broker.rates import Rate
 from quire.errors import Malformed
 
 if TYPE_CHECKING:
@@ -127,13 +128,15 @@ class Connection:
         self._unsent: deque[tuple[memoryview, list[int]]] = deque()
         self._unsent_bytes = 0
         self._in_flight = 0
-        self._tokens = limits.rate / 10
-        self._refilled = time.monotonic()
+        self._rate = Rate(limits.rate)
+        # Something can be read, as the loop has said.
+        self._come = False
         self._reading = False
         self._writing = False
         self._paused = False
         self._deadline: asyncio.TimerHandle | None = None
         self._retry: asyncio.TimerHandle | None = None
+        self._slowed: asyncio.TimerHandle | None = None
         self._held_back = False
         self.closed = False
         self.offended = False
@@ -184,10 +187,15 @@ class Connection:
             self._loop.remove_reader(self._number)
 
     def _readable(self) -> None:
-        if self._turns.waits(self):
-            # What has come is served before more is read.
+        if self._come or self._turns.waits(self):
+            # What has come is served before more is read, and the loop would say again that there is more.
             self._read_no_more()
-            return
+        self._come = True
+        self._turns.arrive(self)
+
+    def _receive(self) -> None:
+        """Read what has come: in this connection's turn, as reading takes time too."""
+        self._come = False
         try:
             data, ancillary, flags, _ = self._sock.recvmsg(_READ_BYTES, ROOM_BYTES, socket.MSG_CMSG_CLOEXEC)
         except BlockingIOError:
@@ -200,12 +208,10 @@ class Connection:
             self.offend("it sent more descriptors than may come")
         elif not data:
             self.drop("")
-        else:
-            self._turns.arrive(self)
 
     def work(self) -> None:
-        """Have the frames that have come served, when it is this connection's turn."""
-        if not self.closed:
+        """Have the frames that have come served, when it is this connection's turn and its rate allows."""
+        if not self.closed and self._slowed is None:
             self._paused = False
             self._turns.join(self)
 
@@ -231,15 +237,28 @@ class Connection:
         Returns:
             Whether there may be more that may be served now.
         """
+        began = time.thread_time_ns()
+        served = 0
         self._held_back = True
         try:
-            while (more := self._serve_one()) and time.monotonic_ns() < until_ns:
-                pass
+            while more := self._serve_one():
+                served += 1
+                if time.monotonic_ns() >= until_ns:
+                    break
         finally:
             self._held_back = False
             if self._unsent and not self._writing and self._retry is None:
                 self._writable()
+        wait = self._rate.take(served, time.thread_time_ns() - began)
+        if wait > 0 and not self.closed and not self._paused:
+            self._pause()
+            self._slowed = self._loop.call_later(wait, self._go_on)
+            return False
         return more
+
+    def _go_on(self) -> None:
+        self._slowed = None
+        self.work()
 
     def _serve_one(self) -> bool:
         """Serve one frame that has come; False if none is left for now."""
@@ -247,6 +266,11 @@ class Connection:
             return False
         try:
             frame = self._frames.take()
+            if frame is None and self._come:
+                self._receive()
+                if self._gone():
+                    return False
+                frame = self._frames.take()
             if frame is None:
                 if self._frames.partial:
                     self._expect()
@@ -273,11 +297,6 @@ class Connection:
             # Whoever answers calls `work` again.
             self._pause()
             return False
-        wait = self._wait_seconds()
-        if wait > 0:
-            self._pause()
-            self._loop.call_later(wait, self.work)
-            return False
         return True
 
     def _gone(self) -> bool:
@@ -287,15 +306,6 @@ class Connection:
     def _pause(self) -> None:
         self._paused = True
         self._read_no_more()
-
-    def _wait_seconds(self) -> float:
-        """Take a token; how long to wait for the next one."""
-        now = time.monotonic()
-        rate = self._limits.rate
-        self._tokens = min(rate / 10, self._tokens + (now - self._refilled) * rate)
-        self._refilled = now
-        self._tokens -= 1
-        return 0.0 if self._tokens >= 0 else -self._tokens / rate
 
     # Writing
 
@@ -408,8 +418,9 @@ class Connection:
         self.closed = True
         self.why = why
         self._expect_nothing()
-        if self._retry is not None:
-            self._retry.cancel()
+        for timer in (self._retry, self._slowed):
+            if timer is not None:
+                timer.cancel()
         self._read_no_more()
         self._write_no_more()
         self._sock.close()

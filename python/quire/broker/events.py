@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import datetime as dt
 import json
 import logging
@@ -73,7 +72,10 @@ def carried_out(session: Session, message: protocol.Request, reply: protocol.Rep
             {"client": each.client, "result": each.result, "why": each.why, "ended": each.ended}
             for each in reply.outcomes
         ]
-    _log.log(level, protocol.tag(message), extra={"fields": fields})
+    # Without `log`, which looks for the line that called it.
+    record = logging.LogRecord(_log.name, level, __file__, 0, protocol.tag(message), None, None)
+    record.fields = fields
+    _log.handle(record)
 
 
 class JsonFormatter(logging.Formatter):
@@ -110,8 +112,10 @@ class _Handler(logging.handlers.QueueHandler):
     A client that makes events faster than they can be written must not stop the broker, nor fill its memory.
     """
 
-    def __init__(self, records: queue.Queue[Any]) -> None:
+    def __init__(self, records: queue.SimpleQueue[Any], capacity: int) -> None:
         super().__init__(records)
+        self._records = records
+        self._capacity = capacity
         self._lost = 0
 
     def prepare(self, record: logging.LogRecord) -> logging.LogRecord:
@@ -120,17 +124,15 @@ class _Handler(logging.handlers.QueueHandler):
 
     def enqueue(self, record: logging.LogRecord) -> None:
         """Put it into the queue, or count it."""
-        try:
-            if self._lost:
-                text = f"{self._lost} events were lost: they came faster than they could be written"
-                notice = logging.LogRecord(
-                    record.name, logging.WARNING, __file__, 0, text, None, None, "enqueue"
-                )
-                self.queue.put_nowait(notice)
-                self._lost = 0
-            self.queue.put_nowait(record)
-        except queue.Full:
+        if self._records.qsize() >= self._capacity:
             self._lost += 1
+            return
+        if self._lost:
+            text = f"{self._lost} events were lost: they came faster than they could be written"
+            notice = logging.LogRecord(record.name, logging.WARNING, __file__, 0, text, None, None, "enqueue")
+            self._records.put(notice)
+            self._lost = 0
+        self._records.put(record)
 
 
 class _Stream:
@@ -157,7 +159,9 @@ class _Stream:
 class Writer:
     """The thread that writes the log."""
 
-    def __init__(self, records: queue.Queue[logging.LogRecord | None], handler: logging.Handler) -> None:
+    def __init__(
+        self, records: queue.SimpleQueue[logging.LogRecord | None], handler: logging.Handler
+    ) -> None:
         """Begin."""
         self._records = records
         self._handler = handler
@@ -170,8 +174,7 @@ class Writer:
 
     def stop(self) -> None:
         """Wait until everything is written, or until nobody has read for 2 seconds."""
-        with contextlib.suppress(queue.Full):
-            self._records.put(None, timeout=_END_SECONDS)
+        self._records.put(None)
         self._thread.join(_END_SECONDS)
 
 
@@ -191,8 +194,8 @@ def start(descriptor: int, *, form: str, level: str, capacity: int = _CAPACITY) 
     handler.setFormatter(_formatter(form))
     # One thread uses it. The end of the interpreter would wait for a lock that it holds while nobody reads.
     handler.lock = None
-    records: queue.Queue[Any] = queue.Queue(capacity)
-    _log.handlers = [_Handler(records)]
+    records: queue.SimpleQueue[Any] = queue.SimpleQueue()
+    _log.handlers = [_Handler(records, capacity)]
     _log.setLevel(level.upper())
     _log.propagate = False
     return Writer(records, handler)
