@@ -19,7 +19,7 @@ PAGES = 48
 def memory(extent_pages: int, descriptors: int = 0) -> Memory:
     made = Memory(1, Bank(1, UNLIMITED, None), PAGES * PAGE, extent_pages * PAGE, shared=False, maker=1)
     for index in range(made.extent_count):
-        made.extents.append(Extent(made, index, 10 + index, allocate(PAGE) if descriptors else -1))
+        made.extents.append(Extent(made, index, 10 + index, allocate(PAGE)[0] if descriptors else -1))
     return made
 
 
@@ -77,7 +77,7 @@ def test_descriptors_for_reading_are_kept_bounded_and_renewed() -> None:
         # Moved to other pages.
         moved = made.extents[0]
         os.close(moved.descriptor)
-        moved.descriptor, moved.generation = allocate(PAGE), 1
+        moved.descriptor, moved.generation = allocate(PAGE)[0], 1
         descriptor = kept.open(moved)
         assert os.fstat(descriptor).st_ino == os.fstat(moved.descriptor).st_ino
         os.close(descriptor)

@@ -1,5 +1,6 @@
 """A client's connection: who reads, in which thread things happen, and what a signal handler leaves."""
 
+import errno
 import os
 import pathlib
 import queue
@@ -12,6 +13,7 @@ from brokers import Child, Inside, children, inside, until
 from support import PAGE, descriptor_count
 
 import quire
+from quire.broker.borrowed import Lease
 from quire.broker.protocol import Rights
 from quire.client import Client
 
@@ -116,6 +118,24 @@ def test_a_fault_is_raised_to_who_reads(broker) -> None:
             with pytest.raises(LookupError, match="no name"):
                 client.open("nothing")
         client.ping()
+
+
+def test_a_lease_that_cannot_be_mapped_is_given_back(broker, monkeypatch) -> None:
+    """What the thread cannot finish is told to who asked, and the broker learns of it."""
+    with quire.connect(broker.path) as client:
+        handle = client.make(PAGE)
+
+        def fail(_lease: Lease, _descriptors: list[int]) -> None:
+            raise OSError(errno.ENOMEM, "mmap: no room")
+
+        monkeypatch.setattr(Lease, "_map", fail)
+        before = descriptor_count()
+        for _ in range(3):
+            with pytest.raises(OSError, match="no room"):
+                client.lease(handle, write=True)
+        client.ping()
+        assert broker.do(lambda: not broker.server.world.leases)
+        assert descriptor_count() <= before
 
 
 class InterruptedHereError(Exception):

@@ -358,7 +358,7 @@ class Borrowed:
                 self._leases[reply.lease] = lease
         except BaseException:
             if self.link is not None:
-                self.link.submit(protocol.Release, {"lease": reply.lease})
+                self.link.tell(protocol.Release, {"lease": reply.lease})
             raise
         finally:
             for descriptor in descriptors:

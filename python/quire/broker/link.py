@@ -263,6 +263,16 @@ class Link:
             raise exception_of(reply)
         return reply
 
+    def tell(self, kind: type[protocol.Request], fields: Mapping[str, object]) -> None:
+        """Send a request whose reply nobody waits for; the thread may do that too, when it cannot finish one.
+
+        It does not wait for room: others leave one place free.
+        """
+        with self._lock:
+            if self.failure is None:
+                asked = self._ask(kind, fields, (), only_reply)
+                self._send(asked.frame, asked.descriptors)
+
     def _check_caller(self) -> None:
         if os.getpid() != self._pid:
             raise ForkedError("a connection to the broker belongs to the process that made it: connect again")
