@@ -94,3 +94,20 @@ def test_descriptors_for_reading_are_kept_bounded_and_renewed() -> None:
         for extent in made.extents:
             os.close(extent.descriptor)
     assert len(kept) == 0
+
+
+def test_lessees_share_an_offset_and_nothing_else() -> None:
+    """What docs/security.md says that one can see of another."""
+    made = memory(1, descriptors=1)
+    kept = readers.Readers()
+    try:
+        one, other = kept.open(made.extents[0]), kept.open(made.extents[0])
+        os.lseek(one, 100, os.SEEK_SET)
+        assert os.lseek(other, 0, os.SEEK_CUR) == 100
+        assert os.lseek(made.extents[0].descriptor, 0, os.SEEK_CUR) == 0
+        os.close(one)
+        os.close(other)
+    finally:
+        kept.close()
+        for extent in made.extents:
+            os.close(extent.descriptor)
