@@ -58,7 +58,7 @@ def messages(draw: st.DrawFn) -> bytes:
             st.booleans()
             if annotation == "bool"
             else st.sampled_from(["a", "b"])
-            if annotation == "str"
+            if annotation in ("str", "Name")
             else numbers
         )
         fields[name] = draw(st.one_of(right, right, right, right, values))
