@@ -1,7 +1,9 @@
 """``python -m benches.hostile``: what an honest client of a broker notices of clients that misbehave.
 
-For each kind of misbehaviour a broker is started. Honest calls are timed alone, then with the hostile clients
-beside them, one after the other in short turns, so that a machine that is busy elsewhere is busy in both.
+For each kind of misbehaviour two brokers are started. Honest calls to one are timed alone, then beside a
+hostile client of the other, then beside one of the same: one after the other in short turns, so that a machine
+that is busy elsewhere is busy in all. What the second takes longer than the first is the processors'
+doing, what the third takes longer than the second is the broker's.
 """
 
 import argparse
@@ -258,25 +260,33 @@ def calls(client: quire.client.Client, seconds: float) -> list[float]:
     return sample
 
 
-def beside(kind: str, seconds: float, uid: int) -> tuple[Percentiles, Percentiles]:
-    """Measure an honest client alone and beside a hostile one."""
-    alone: list[float] = []
-    together: list[float] = []
+@contextlib.contextmanager
+def prepared(path: str) -> Iterator[quire.client.Client]:
+    """Run a broker and publish what hostile clients open; yield a connection to it."""
+    with broker(path), quire.connect(path, timeout=60) as client:
+        handle, _lease = client.memory(64 * MIB, extent_bytes=MIB)
+        client.publish(handle, "memory")
+        client.publish(client.make_factory(), "factory")
+        yield client
+
+
+def beside(kind: str, seconds: float, uid: int) -> tuple[Percentiles, Percentiles, Percentiles]:
+    """Measure an honest client alone, beside a hostile one of another broker, and beside one of its own."""
+    samples: list[list[float]] = [[], [], []]
     with tempfile.TemporaryDirectory() as folder:
         os.chmod(folder, 0o755)
-        path = str(Path(folder) / "broker")
-        with broker(path), quire.connect(path, timeout=60) as client:
-            handle, _lease = client.memory(64 * MIB, extent_bytes=MIB)
-            client.publish(handle, "memory")
-            client.publish(client.make_factory(), "factory")
+        own, other = str(Path(folder) / "broker"), str(Path(folder) / "other")
+        with prepared(own) as client, prepared(other):
             calls(client, 0.1)
             for _ in range(TURNS):
-                alone += calls(client, seconds / TURNS)
-                with hostile(path, KINDS[kind], uid) as process:
-                    together += calls(client, seconds / TURNS)
-                    if process.poll() is not None:
-                        raise RuntimeError(f"the hostile client ended: {kind}")
-    return Percentiles.of(alone), Percentiles.of(together)
+                samples[0] += calls(client, seconds / TURNS)
+                for path, sample in ((other, samples[1]), (own, samples[2])):
+                    with hostile(path, KINDS[kind], uid) as process:
+                        sample.extend(calls(client, seconds / TURNS))
+                        if process.poll() is not None:
+                            raise RuntimeError(f"the hostile client ended: {kind}")
+    alone, elsewhere, together = map(Percentiles.of, samples)
+    return alone, elsewhere, together
 
 
 def main() -> None:
@@ -286,16 +296,20 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=4.0, help="for each kind, alone and beside it")
     parser.add_argument("--uid", type=int, default=65534, help="of the hostile client, if this is root")
     options = parser.parse_args()
-    print("| a hostile client | median alone, µs | beside it | ratio | 99 % alone, µs | beside it | worst |")
-    print("|---|---|---|---|---|---|---|")
+    print(
+        "| a hostile client | median alone, µs | it has another broker | beside it | ratio to alone"
+        " | 99 % alone, µs | it has another broker | beside it | worst |"
+    )
+    print("|---|---|---|---|---|---|---|---|---|")
     for kind in KINDS:
         if options.kinds and not any(word in kind for word in options.kinds):
             continue
-        alone, together = beside(kind, options.seconds, options.uid)
+        alone, elsewhere, together = beside(kind, options.seconds, options.uid)
+        medians = " | ".join(f"{each.median * 1e6:.0f}" for each in (alone, elsewhere, together))
+        p99s = " | ".join(f"{each.p99 * 1e6:.0f}" for each in (alone, elsewhere, together))
+        ratio = together.median / alone.median
         print(
-            f"| {kind} | {alone.median * 1e6:.0f} | {together.median * 1e6:.0f} |"
-            f" {together.median / alone.median:.1f} | {alone.p99 * 1e6:.0f} | {together.p99 * 1e6:.0f} |"
-            f" {together.worst * 1e6:.0f} |",
+            f"| {kind} | {medians} | {ratio:.1f} | {p99s} | {together.worst * 1e6:.0f} |",
             flush=True,
         )
 

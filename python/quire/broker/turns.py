@@ -22,7 +22,7 @@ __all__ = ["Chore", "FairQueue", "Ready", "Turns"]
 # A turn ends with the step in which this is over.
 _TURN_NS = 50_000
 # A pass ends with the turn in which this is over: then the loop looks who has come meanwhile.
-_PASS_NS = 150_000
+_PASS_NS = 50_000
 # So many more tags than the last time are kept before those are looked for that mean nothing any more.
 _TAGS = 64
 
