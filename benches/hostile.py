@@ -1,8 +1,8 @@
 """``python -m benches.hostile``: what an honest client of a broker notices of clients that misbehave.
 
 For each kind of misbehaviour two brokers are started. Honest calls to one are timed alone, then beside a
-hostile client of the other, then beside one of the same: one after the other in short turns, so that a machine
-that is busy elsewhere is busy in all. What the second takes longer than the first is the processors'
+hostile client of the other, then beside one of the same: one after the other in short turns, so that a
+machine that is busy elsewhere is busy in all. What the second takes longer than the first is the processors'
 doing, what the third takes longer than the second is the broker's.
 """
 
