@@ -43,6 +43,7 @@ SITE = "site-packages"
 UNPACKED = "unpacked to a temporary folder first"
 OURS = "quire"
 FRESH = "quire, code compiled anew"
+FIRST = "quire, for the first time"
 EAGER = "quire, shared objects whole in memory"
 WAYS = {
     SITE: "sys.path.insert(0, {site!r})",
@@ -60,7 +61,7 @@ quire.wheels.enable()
 sys.path[:1] = {wheels!r}
 """,
 }
-WAYS[FRESH] = WAYS[EAGER] = WAYS[OURS]
+WAYS[FRESH] = WAYS[FIRST] = WAYS[EAGER] = WAYS[OURS]
 SETTINGS = {FRESH: {"QUIRE_CODE_CACHE": "off"}, EAGER: {"QUIRE_LIBRARIES": "whole"}}
 ROUNDS = 9
 
@@ -92,9 +93,7 @@ unmapped = sum(max(0, size - mapped.get(inode, 0)) for inode, size in held.items
 objects = sys.modules["quire.wheels"].stats().values() if "quire.wheels" in sys.modules else ()
 size = sum(each.size_bytes for each in objects)
 missing = sum(each.lazy_bytes - each.filled_bytes for each in objects)
-print(json.dumps({{"seconds": seconds, "pss": pss, "unmapped": unmapped, "size": size, "missing": missing}}),
-      flush=True)
-os._exit(0)
+print(json.dumps({{"seconds": seconds, "pss": pss, "unmapped": unmapped, "size": size, "missing": missing}}))
 """
 
 
@@ -119,10 +118,13 @@ class Figures(NamedTuple):
 def _once(way: str, package: Package, wheels: list[str], site: str, cache: str) -> Figures:
     with tempfile.TemporaryDirectory() as folder:
         home = str(Path(quire.__file__).parents[1])
+        if way == FIRST:
+            cache = f"{folder}/cache"
+        settings = {"XDG_CACHE_HOME": cache, "QUIRE_CODE_CACHE": "", "QUIRE_LIBRARIES": ""}
         before = WAYS[way].format(site=site, wheels=wheels, folder=folder, home=home)
         done = subprocess.run(
             [sys.executable, "-I", "-S", "-c", PROGRAM.format(way=before, call=package.call)],
-            env=os.environ | {"QUIRE_CODE_CACHE": cache, "QUIRE_LIBRARIES": ""} | SETTINGS.get(way, {}),
+            env=os.environ | settings | SETTINGS.get(way, {}),
             stdout=subprocess.PIPE,
             check=True,
             text=True,
@@ -152,8 +154,9 @@ def _row(plan: Plan, package: Package, wheels: list[str], site: str, cache: str,
     what = (
         f"A new interpreter, from before the path is made to after `{package.call}`, with {names} from there."
         " In site-packages, as pip makes it, everything is compiled. What is unpacked is not, and is removed"
-        " off the clock. quire keeps compiled code in the user's cache folder: kept by the round that is not"
-        f" counted, or, in {FRESH!r}, not at all. {EAGER!r} is QUIRE_LIBRARIES=whole."
+        " off the clock. quire keeps compiled code, checkpoints and notes of what was touched in the user's"
+        f" cache folder: kept by the round that is not counted. In {FRESH!r} compiled code is not; in"
+        f" {FIRST!r} the folder is new for each process. {EAGER!r} is QUIRE_LIBRARIES=whole."
     )
     if cold:
         what += (
@@ -167,7 +170,7 @@ def _row(plan: Plan, package: Package, wheels: list[str], site: str, cache: str,
         " dynamic linker reads of each object is decompressed at once, and the rest when it is touched, with"
         " what the stream has between",
     )
-    row.peers = [Peer(SITE, []), Peer(UNPACKED, [], GOAL), Peer(FRESH, []), Peer(EAGER, [])]
+    row.peers = [Peer(SITE, []), Peer(UNPACKED, [], GOAL), Peer(FRESH, []), Peer(FIRST, []), Peer(EAGER, [])]
     memory: dict[str, list[float]] = {way: [] for way in WAYS}
     filled: list[float] = []
     for number in range((2 if plan.quick else ROUNDS) + 1):

@@ -4,7 +4,8 @@ import os
 import pathlib
 
 import pytest
-from wheelfiles import isolated, make_wheel
+from libraries import LARGE
+from wheelfiles import MULTI_PHASE, SUFFIX, extension, isolated, make_wheel
 
 from quire.wheels.compiled import VARIABLE
 
@@ -143,3 +144,17 @@ def test_the_default_is_the_users_cache_folder(tmp_path: Folder, monkeypatch: py
     isolated(COUNTED, wheel, code_cache="")
     assert len(files_in(tmp_path / "home" / ".cache" / "quire" / "code")) == 2
     assert VARIABLE == "QUIRE_CODE_CACHE"
+
+
+def test_what_is_kept_beside_compiled_code_finds_a_folder_of_its_own(
+    tmp_path: Folder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Whoever comes first makes the folder; checkpoints are kept only where nobody else may enter.
+    library = extension(tmp_path, "large", template=LARGE.replace("{", "{{").replace("}", "}}") + MULTI_PHASE)
+    wheel = make_wheel(tmp_path / "w.whl", {**MEMBERS, f"large{SUFFIX}": library})
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
+    isolated(COUNTED + "import large", wheel, code_cache="")
+    folder = tmp_path / "xdg" / "quire"
+    assert folder.stat().st_mode & 0o777 == 0o700
+    assert len(files_in(folder / "code")) == 2
+    assert list(folder.glob("*-1.idx"))

@@ -326,6 +326,7 @@ class MachOFile:
 def elf_name(kind: str, machine: int, value: int) -> str | None:
     """The constant of this value whose name begins with ``kind``: EM, ET, PT, SHT, DT, STB, STT or R."""
 
+def remember_touched() -> None: ...
 def region_file(size: int) -> int:
     """Make the file of a shared region; the descriptor is the caller's."""
 

@@ -7,6 +7,7 @@ looks for no file. ``docs/images.md`` tells how an object is laid out.
 
 from __future__ import annotations
 
+import atexit
 import os
 import posixpath
 import threading
@@ -33,7 +34,7 @@ __all__ = [
 WHOLE_OVERRIDE = "QUIRE_LIBRARIES"
 """Set to ``whole``, this environment variable has objects loaded whole: for debuggers that read the file."""
 
-WINDOW_BYTES = 65536
+WINDOW_BYTES = 8192
 """How much of an object is filled at a touch."""
 
 
@@ -144,6 +145,8 @@ def _after_fork() -> None:
 
 
 os.register_at_fork(after_in_child=_after_fork)
+# Later processes fill it at once, in one pass. Processes that live longer do it when they come to rest, too.
+atexit.register(_native.remember_touched)
 
 
 def link(archive: Archive, member: str, mode: int = os.RTLD_NOW, *, whole: str | None = None) -> Linked:

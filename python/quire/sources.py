@@ -6,7 +6,6 @@ A source has a length and gives the bytes of any range. What each costs, and wha
 
 from __future__ import annotations
 
-import difflib
 import errno
 import importlib
 import io
@@ -448,6 +447,8 @@ def _no_member(archive: zipfile.ZipFile, member: str, name: str) -> NoReturn:
     names = [info.filename for info in archive.infolist()]
     if f"{member}/" in names:
         raise IsADirectoryError(f"{name} is a directory")
+    import difflib  # noqa: PLC0415 - for a message only
+
     near = difflib.get_close_matches(member, names, 3)
     hint = f"; did you mean {' or '.join(map(repr, near))}?" if near else ""
     raise FileNotFoundError(f"{name}: the archive has no such member{hint}") from None

@@ -52,6 +52,7 @@ fn _native(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add_function(wrap_pyfunction!(purgeable::available_bytes, module)?)?;
     module.add_class::<region::Region>()?;
     module.add_function(wrap_pyfunction!(region::region_file, module)?)?;
+    module.add_function(wrap_pyfunction!(region::remember_touched, module)?)?;
     module.add_function(wrap_pyfunction!(probe::probe, module)?)?;
     module.add_function(wrap_pyfunction!(procmaps::read_maps, module)?)?;
     module.add_function(wrap_pyfunction!(remote::program_source, module)?)?;

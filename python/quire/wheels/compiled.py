@@ -20,6 +20,7 @@ from importlib.util import MAGIC_NUMBER
 from typing import TYPE_CHECKING
 
 from quire import _native
+from quire.sources import cache_directory
 
 if TYPE_CHECKING:
     from types import CodeType
@@ -63,13 +64,16 @@ class _Cache:
         if root == "off":
             return None
         if not root:
-            base = os.environ.get("XDG_CACHE_HOME", "")
-            # A relative path is to be ignored, by the specification of XDG_CACHE_HOME.
-            base = base if os.path.isabs(base) else os.path.expanduser("~/.cache")
-            root = os.path.join(base, "quire", "code")
+            base = cache_directory()
+            if base is None:
+                return None
+            root = os.path.join(base, "code")
         if not os.path.isabs(root):
             return None
         try:
+            # The folder above, too: checkpoints are kept there if nobody else may enter it. The mode given is
+            # for the last folder only.
+            os.makedirs(os.path.dirname(root), mode=0o700, exist_ok=True)
             os.makedirs(root, mode=0o700, exist_ok=True)
             status = os.lstat(root)
         except OSError:

@@ -101,6 +101,7 @@ pub struct Object<R> {
     pub file: Bytes<R>,
     pub segments: Vec<Segment>,
     pub eager: Vec<Range<u64>>,
+    pub spent: Vec<Range<u64>>,
     pub whole: Option<Whole>,
     /// Whether there is a block of memory that each thread gets.
     pub has_tls: bool,
@@ -110,7 +111,7 @@ pub struct Object<R> {
 impl<'d, R: ReadRef<'d>> Object<R> {
     pub fn new(file: Bytes<R>, segments: Vec<Segment>) -> Self {
         let linkage = Linkage::default();
-        Self { file, segments, eager: Vec::new(), whole: None, has_tls: false, linkage }
+        Self { file, segments, eager: Vec::new(), spent: Vec::new(), whole: None, has_tls: false, linkage }
     }
 
     pub fn read(mut self, headers: &[ProgramHeader64<LE>]) -> Result<Plan> {
@@ -149,8 +150,8 @@ impl<'d, R: ReadRef<'d>> Object<R> {
     }
 
     fn finish(self, init: Option<u64>, init_array: Range<u64>, constructor_tags: Vec<u64>) -> Plan {
-        let Self { segments, eager, whole, linkage, .. } = self;
-        Plan { segments, eager, whole, init, init_array, constructor_tags, linkage }
+        let Self { segments, eager, spent, whole, linkage, .. } = self;
+        Plan { segments, eager, spent, whole, init, init_array, constructor_tags, linkage }
     }
 
     fn readable(&self) -> impl Iterator<Item = &Segment> {
@@ -276,6 +277,11 @@ impl<'d, R: ReadRef<'d>> Object<R> {
             if let Some(address) = dynamic.get(at) {
                 let relative = if at == elf::DT_RELA { dynamic.or_zero(elf::DT_RELACOUNT) } else { 0 };
                 self.relocations(field, address, dynamic.or_zero(size), relative, symbols, text_relocations)?;
+                if at == elf::DT_RELA {
+                    // Those of DT_JMPREL may be done one by one, when a function is called.
+                    let start = self.table(field, address, dynamic.or_zero(size))?;
+                    self.spent.push(start..start + dynamic.or_zero(size));
+                }
             }
         }
         if let Some(address) = dynamic.get(elf::DT_RELR) {

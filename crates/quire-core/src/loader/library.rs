@@ -8,10 +8,11 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use super::plan::{Linkage, Plan, Segment};
 use super::reader::Reader;
-use crate::pages::PAGE;
+use crate::pages::{PAGE, PageRange, subtract};
 use crate::region::{self, Backend, Discard, Figures, Region, RegionError, View};
 use crate::source::{self, Failure, Source};
 use crate::sys::area::Access;
+use crate::sys::pagemap::Pagemap;
 use crate::sys::{dl, memfd};
 use crate::{Error, Result};
 
@@ -29,7 +30,7 @@ enum Body {
         file: OwnedFd,
         reason: String,
     },
-    Paged(Paged),
+    Paged(Box<Paged>),
 }
 
 /// What is touched of it, and what the dynamic linker needs.
@@ -95,14 +96,19 @@ impl Library {
             None if size < WORTH_BYTES => format!("its {size} bytes are not worth being left out"),
             None => match Self::paged(&source, name, window_bytes)? {
                 Ok(mut paged) => {
-                    source::trim(0);
+                    paged.region.rest()?;
                     let linkage = std::mem::take(&mut paged.plan.linkage);
-                    return Ok(Self::of(size, Body::Paged(paged), linkage));
+                    return Ok(Self::of(size, Body::Paged(Box::new(paged)), linkage));
                 }
                 Err(reason) => reason,
             },
         };
-        let file = region::reading(|| copy(source.as_ref(), &label(name), crc))??;
+        let file = region::reading(|| {
+            let copied = copy(source.as_ref(), &label(name), crc);
+            source.rest();
+            source::trim(0);
+            copied
+        })??;
         // Checked after it was copied: what is read twice might differ.
         let plan = plan_of(Reader::of_file(&file, size)?)?;
         Ok(Self::of(size, Body::Whole { file, reason }, plan.linkage))
@@ -140,6 +146,8 @@ impl Library {
                            and system calls read constants of libraries"
                 .to_owned()));
         }
+        // Before anything is looked up here and there.
+        region.recall()?;
         let plan = plan_of(Reader::of_region(&region))?;
         if let Some(whole) = plan.whole {
             return Ok(Err(whole.reason().to_owned()));
@@ -199,6 +207,8 @@ impl Library {
         *state = State::Open(handle);
         let bias = handle.bias().map_err(OpenError::Linker)?;
         paged.attach(bias)?;
+        // Where /proc/self/pagemap cannot be read, it takes more memory, and that is all.
+        let _dropped = paged.drop_hidden(bias);
         let (init, array) = (paged.plan.init, paged.plan.init_array.clone());
         drop(body);
         drop(state);
@@ -226,6 +236,10 @@ impl Library {
     /// # Errors
     /// What the dynamic linker says.
     pub fn close(&self) -> std::result::Result<bool, String> {
+        if let Some(region) = self.region() {
+            // Now, as long as its views are mapped. Without notes later processes are slower, and that is all.
+            let _noted = region.remember();
+        }
         let mut state = lock(&self.state);
         let before = std::mem::replace(&mut *state, State::Closed);
         drop(state); // destructors run now
@@ -327,17 +341,62 @@ impl Paged {
             let access = if segment.executable { Access::ReadExecute } else { Access::Read };
             View::new(bias + start as usize, len as usize, (segment.offset / PAGE * PAGE) as usize, access)
         });
-        let attached = self.region.attach(views.collect(), &self.plan.eager);
+        let attached = self.region.attach(views.collect(), &self.plan.kept());
         if let Err(error) = attached {
             // It is mapped, and can be unmapped only by running its destructors: so it must be whole.
             self.region.pin(0, self.region.size())?;
             return Err(error.into());
+        }
+        for range in self.plan.spent_lazy() {
+            self.region.spend(&range)?;
+        }
+        Ok(())
+    }
+
+    /// Take from the file what lies below private copies of the object's writable pages: nobody sees it any more. Pages that
+    /// are written later are not found.
+    fn drop_hidden(&self, bias: usize) -> Result<()> {
+        let Some(file) = self.region.shared_file() else { return Ok(()) };
+        let pagemap = Pagemap::open()?;
+        // A page of the file where two segments meet is shown by both.
+        let shown: Vec<PageRange> = self.plan.lazy_segments().map(Segment::pages).collect();
+        for segment in self.plan.segments.iter().filter(|segment| segment.writable) {
+            let pages = segment.pages();
+            let mut copies = Vec::new();
+            let start = bias + (segment.address / PAGE * PAGE) as usize;
+            pagemap.private_pages(start, PageRange::new(0, pages.len), &mut copies)?;
+            copies.iter_mut().for_each(|copy| copy.start += pages.start);
+            for hidden in shown.iter().fold(copies, |left, shown| subtract(&left, &[*shown])) {
+                memfd::punch_hole(file, hidden.start * PAGE, hidden.len * PAGE)?;
+            }
         }
         Ok(())
     }
 }
 
 impl Plan {
+    /// What is spent and lies in segments that the dynamic linker only reads, so that a touch would be served.
+    fn spent_lazy(&self) -> impl Iterator<Item = Range<u64>> {
+        let within = |range: &Range<u64>, segment: &Segment| {
+            segment.offset <= range.start && range.end <= segment.offset + segment.file_bytes
+        };
+        let lazy = move |range: &&Range<u64>| self.lazy_segments().any(|segment| within(range, segment));
+        self.spent.iter().filter(lazy).cloned()
+    }
+
+    /// What must be there as long as the object is loaded: what is eager and not spent.
+    fn kept(&self) -> Vec<Range<u64>> {
+        let mut kept = self.eager.clone();
+        for spent in self.spent_lazy() {
+            let around = |range: Range<u64>| {
+                let (start, end) = (spent.start.clamp(range.start, range.end), spent.end.clamp(range.start, range.end));
+                [range.start..start, end..range.end]
+            };
+            kept = kept.into_iter().flat_map(around).filter(|range| range.start < range.end).collect();
+        }
+        kept
+    }
+
     /// The segments that the dynamic linker only reads.
     pub fn lazy_segments(&self) -> impl Iterator<Item = &Segment> {
         self.segments.iter().filter(|segment| segment.is_lazy())
@@ -422,7 +481,7 @@ fn copy(source: &dyn Source, label: &CStr, crc: Option<u32>) -> std::result::Res
     let file = unused(memfd::create(label)?)?;
     let size = source.size();
     memfd::truncate(file.as_fd(), size)?;
-    let mut buffer = vec![0; COPY_BYTES];
+    let mut buffer = vec![0; COPY_BYTES.min(size as usize)];
     let mut hasher = crc32fast::Hasher::new();
     for at in (0..size).step_by(COPY_BYTES) {
         let part = &mut buffer[..(size - at).min(COPY_BYTES as u64) as usize];

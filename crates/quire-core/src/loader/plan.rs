@@ -9,7 +9,7 @@ use object::elf::{self, FileHeader64, ProgramHeader64};
 use object::{LittleEndian as LE, ReadRef};
 
 use super::dynamic::Object;
-use crate::pages::PAGE;
+use crate::pages::{PAGE, PageRange};
 use crate::{Error, Result};
 
 #[cfg(target_arch = "x86_64")]
@@ -54,6 +54,12 @@ impl Segment {
     pub const fn is_lazy(&self) -> bool {
         self.readable && !self.writable && self.memory_bytes == self.file_bytes
     }
+
+    /// The pages of the file that it shows.
+    #[must_use]
+    pub const fn pages(&self) -> PageRange {
+        PageRange::between(self.offset / PAGE, (self.offset + self.file_bytes).div_ceil(PAGE))
+    }
 }
 
 /// Why an object cannot be left in part until it is touched.
@@ -95,6 +101,8 @@ pub struct Plan {
     pub segments: Vec<Segment>,
     /// Ranges of the file that must be there while it is linked, sorted, not overlapping.
     pub eager: Vec<Range<u64>>,
+    /// What of that nobody reads again afterwards: relocations that are done at once.
+    pub spent: Vec<Range<u64>>,
     pub whole: Option<Whole>,
     /// `DT_INIT`, an address in the object.
     pub init: Option<u64>,

@@ -29,6 +29,13 @@ pub fn give(buffer: Vec<u8>) {
     }
 }
 
+/// Give up all that are kept.
+pub fn trim() {
+    if let Some(spare) = SPARE.get() {
+        lock(spare).clear();
+    }
+}
+
 pub fn enter_child() {
     SPARE.forget();
 }

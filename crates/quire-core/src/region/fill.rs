@@ -9,7 +9,6 @@ use super::{
     Claim, Discard, Failure, MAX_WINDOW, Outcome, PAGE_BYTES, Region, RegionError, buffers, jobs, lock, pressure, stats,
 };
 use crate::Result;
-use crate::source;
 use crate::sys::memfd::Piece;
 use crate::sys::process::Blocked;
 use crate::sys::signals;
@@ -21,8 +20,6 @@ const CHUNK: usize = 256 << 10;
 const AHEAD: usize = 4 << 20;
 /// Chunks of one region that wait to be put in place.
 const MOST_PLACING: usize = 2;
-/// What is kept of decoded blocks after a touch of a sparse region, of which the next may be far away.
-const SPARSE_KEPT: usize = 4 << 20;
 /// What a source produces in one piece is filled in one piece up to this size.
 const MAX_UNIT: usize = 4 << 20;
 
@@ -76,9 +73,6 @@ impl Region {
                 self.fail(window, Failure::detailed("no memory", at, &error.to_string()));
                 return None;
             }
-        }
-        if self.sparse {
-            source::trim(SPARSE_KEPT);
         }
         let end = (window + ahead).max(last).min(self.windows.len());
         self.ahead.reached(end);

@@ -87,6 +87,7 @@ extern "C" fn in_child() {
         lock(&region.pins).clear();
         region.keep_again();
         lock(&region.failures).clear();
+        *lock(&region.notes) = None;
         // Unmapped memory, should it come to that, cannot be mistaken for zeros.
         let outcome = region.memory.enter_child().and_then(|()| pager::serve_for(&region));
         if let Err(error) = outcome {

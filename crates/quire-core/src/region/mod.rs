@@ -14,6 +14,7 @@ mod jobs;
 mod memory;
 mod pager;
 mod pressure;
+mod recall;
 mod registry;
 mod stats;
 mod views;
@@ -28,13 +29,14 @@ use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, AtomicUsize, Ordering}
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 
 use crate::pages::{PAGE, PageRange, push_merged};
-use crate::source::{Failure, Source};
+use crate::source::{Failure, Notes, Source};
 use crate::sys::{memfd, signals};
 use crate::{Error, Result, forking};
 
 pub(crate) use fork::HANDLERS;
 pub use fork::reading;
 pub use memory::Backend;
+pub use recall::remember_all;
 pub use stats::{BUCKETS, Figures};
 pub use views::View;
 
@@ -76,7 +78,7 @@ pub struct Settings {
     /// Take windows back beyond so many bytes.
     pub budget_bytes: Option<u64>,
     /// Fill nothing but what is touched, even if the source produces more at once: for memory that is touched here and
-    /// there.
+    /// there. What was is noted for later processes, if the source can keep notes.
     pub sparse: bool,
 }
 
@@ -117,6 +119,8 @@ pub struct Region {
     /// When each window was first asked for by a touch, from 1 on; 0 for never.
     order: Zeroed<AtomicU32>,
     touched: AtomicU32,
+    /// Where to note it for later processes. Not in forked children.
+    notes: Mutex<Option<Notes>>,
     /// When each window was last filled, by the clock of `pressure`.
     filled_at: Zeroed<AtomicU32>,
     /// Bytes filled and not taken back by us; an upper bound of what is resident.
@@ -208,6 +212,7 @@ impl Region {
         };
         // One at least: there is a page that can be touched, though by none of the region's bytes.
         let count = usize::try_from(size.div_ceil(window).max(1)).expect("fits, since the size does");
+        let notes = if settings.sparse { source.notes() } else { None };
         let nested = source.address_of(0, size as usize).is_some_and(|addr| registry::overlaps(addr, size as usize));
         let region = Arc::new(Self {
             name: settings.name,
@@ -224,6 +229,7 @@ impl Region {
             order: Zeroed::new(count)?,
             filled_at: Zeroed::new(count)?,
             touched: AtomicU32::new(0),
+            notes: Mutex::new(notes),
             held_bytes: AtomicU64::new(0),
             counters: Counters::default(),
             ahead: Ahead::default(),
@@ -534,6 +540,10 @@ impl Region {
             .collect();
         touched.sort_unstable();
         touched.into_iter().map(|(_, window)| window).collect()
+    }
+
+    fn was_touched(&self, window: usize) -> bool {
+        self.order[window].load(Ordering::Relaxed) > 0
     }
 
     fn close(&self) {

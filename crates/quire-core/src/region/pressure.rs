@@ -8,9 +8,8 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicI64, AtomicU32, Ordering};
 use std::time::Duration;
 
-use super::{Discard, Outcome, Region, registry};
+use super::{Discard, Outcome, Region, recall, registry};
 use crate::pages::{PAGE, PageRange};
-use crate::source;
 use crate::sys::fork::PerProcess;
 use crate::sys::memory;
 use crate::sys::pagemap::Pagemap;
@@ -136,12 +135,16 @@ pub fn watch() {
 }
 
 fn listen(stall: &Stall) {
-    let mut seen = now();
+    let (mut seen, mut rested) = (now(), false);
     while let Ok(stalled) = stall.wait(Duration::from_secs(1)) {
         let fills = CLOCK.load(Ordering::Relaxed);
-        if fills == std::mem::replace(&mut seen, fills) {
-            // Nothing was filled for a second: what is kept to fill the next faster only takes memory.
-            source::trim(0);
+        if fills != std::mem::replace(&mut seen, fills) {
+            rested = false;
+        } else if !rested {
+            rested = true;
+            if recall::rest_all().is_err() {
+                return;
+            }
         }
         if !stalled {
             continue;

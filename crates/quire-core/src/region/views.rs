@@ -9,11 +9,12 @@ use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, OnceLock};
 
-use super::{Region, registry};
+use super::{Claim, Outcome, Region, registry};
 use crate::Result;
-use crate::pages::PAGE;
+use crate::pages::{PAGE, PageRange, push_merged};
 use crate::sys::area::{Access, Area, Sharing};
 use crate::sys::memfd;
+use crate::sys::pagemap::Pagemap;
 use crate::sys::uffd::{self, Uffd};
 
 /// A private mapping of a part of the file, which its maker unmaps.
@@ -100,6 +101,16 @@ impl Views {
         self.parts(offset, len).try_for_each(|(view, at, len)| view.area.drop_private(at, len))
     }
 
+    /// Whether this process has any page of a range of the region in the page tables of the views.
+    pub fn any_present(&self, pagemap: &Pagemap, offset: usize, len: usize) -> Result<bool> {
+        for (view, at, len) in self.parts(offset, len) {
+            if pagemap.any_present(view.area.addr(), PageRange::new(at as u64 / PAGE, len as u64 / PAGE))? {
+                return Ok(true);
+            }
+        }
+        Ok(false)
+    }
+
     /// In a forked child: take the addresses back.
     pub fn reclaim(&self) -> Result<()> {
         self.attached().iter().try_for_each(|view| view.area.reclaim())
@@ -150,24 +161,37 @@ impl Region {
         self.drop_strays()
     }
 
-    /// Whoever touched the mappings before they were registered has made pages of zeros.
+    /// Whoever touched the mappings before they were registered has made pages of zeros, where windows were not filled.
     fn drop_strays(&self) -> Result<()> {
-        let mut at = 0;
-        let count = self.windows.len();
-        for range in self.kept.get().into_iter().flatten().cloned().chain(std::iter::once(count..count)) {
-            if at < range.start {
-                for window in at..range.start {
-                    // Claimed by nobody: the region shows itself through its views only.
-                    if self.windows.is_open(window) {
-                        self.take(window)?;
-                    }
-                }
-                let (start, len) = self.span(at, range.start);
-                self.memory.take(start, len)?;
+        let mut missing = Vec::new();
+        for window in 0..self.windows.len() {
+            // Claimed, for somebody who takes it says so after it was done.
+            let ours = self.windows.claim_waiting(window) == Claim::Ours;
+            let filled = self.windows.is_open(window);
+            if ours {
+                self.release(window, window + 1, Outcome::Unchanged)?;
             }
-            at = at.max(range.end);
+            if !filled {
+                push_merged(&mut missing, PageRange::new(window as u64, 1));
+            }
+        }
+        for run in missing {
+            let (start, len) = self.span(run.start as usize, run.end() as usize);
+            self.memory.take(start, len)?;
         }
         Ok(())
+    }
+
+    /// Give a pinned range up that was needed once. Later processes are told of it, for they will need it once, too.
+    ///
+    /// # Errors
+    /// The range is not within the region; what the kernel refuses.
+    pub fn spend(&self, range: &Range<u64>) -> Result<()> {
+        let len = range.end - range.start;
+        let (first, last) = self.covering(range.start, len)?;
+        (first..last).for_each(|window| self.note_touch(window));
+        self.unpin(range.start, len)?;
+        self.discard(range.start, len).map(drop)
     }
 
     /// Mark the windows that may never be taken.

@@ -20,6 +20,8 @@ const PINNED: u8 = 16;
 const OPEN: u8 = 32;
 /// The kernel may drop the pages that it was filled with last.
 const GIVEN: u8 = 64;
+/// Later processes are told of it.
+const NOTED: u8 = 128;
 
 pub struct Windows {
     states: Zeroed<AtomicU8>,
@@ -150,6 +152,19 @@ impl Windows {
             self.states[window].fetch_or(GIVEN, Ordering::AcqRel);
         } else {
             self.states[window].fetch_and(!GIVEN, Ordering::AcqRel);
+        }
+    }
+
+    /// Whether processes that come later are told of it.
+    pub fn is_noted(&self, window: usize) -> bool {
+        self.states[window].load(Ordering::Acquire) & NOTED != 0
+    }
+
+    pub fn set_noted(&self, window: usize, noted: bool) {
+        if noted {
+            self.states[window].fetch_or(NOTED, Ordering::AcqRel);
+        } else {
+            self.states[window].fetch_and(!NOTED, Ordering::AcqRel);
         }
     }
 

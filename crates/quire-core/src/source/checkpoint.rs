@@ -1,4 +1,5 @@
-//! What a first pass over compressed data has found, kept in files that all processes of a user share.
+//! What a first pass over compressed data has found, and what was touched of it (`notes`), kept in files that all processes
+//! of a user share.
 //!
 //! Byte layout: docs/formats.md. The cache is an optimisation that must never be in the way: what cannot be read, written
 //! or believed is treated as not there.
@@ -58,6 +59,12 @@ impl Writer {
     pub fn bytes(&mut self, value: &[u8]) {
         self.u32(value.len() as u32);
         self.bytes.extend_from_slice(value);
+    }
+
+    /// What was written so far.
+    #[cfg(test)]
+    pub fn payload(&self) -> Vec<u8> {
+        self.bytes[HEADER..].to_vec()
     }
 
     fn finish(mut self) -> Vec<u8> {
@@ -149,9 +156,9 @@ impl Cache {
         payload(bytes, kind, key)
     }
 
-    pub fn store(&self, file: Writer) {
-        // Nobody waits for the cache: without it the next first pass is a real one.
-        let _stored = self.try_store(file);
+    /// Whether it was stored. Nobody waits for the cache: without it the next first pass is a real one.
+    pub fn store(&self, file: Writer) -> bool {
+        self.try_store(file).is_some()
     }
 
     fn try_store(&self, file: Writer) -> Option<()> {

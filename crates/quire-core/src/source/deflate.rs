@@ -5,7 +5,7 @@ use std::sync::Arc;
 use super::checkpoint::{Cache, Reader, Writer};
 use super::inflate::{Inflater, Step};
 use super::stream::{Chunk, Codec, Index, Progress, Stream, Trouble, filled};
-use super::{Failure, Filled, ReadAt, Source};
+use super::{Failure, Filled, Notes, ReadAt, Source};
 
 const KIND_DEFLATE: u32 = 1;
 const KIND_GZIP: u32 = 2;
@@ -104,6 +104,7 @@ struct Cursor {
 struct Inflate {
     raw: Arc<dyn ReadAt>,
     framing: Framing,
+    cache: Option<Cache>,
 }
 
 impl Inflate {
@@ -281,6 +282,14 @@ impl Codec for Inflate {
     fn live(&self) -> usize {
         LIVE
     }
+
+    fn chunks_again(&self) -> Option<Vec<Chunk<Point>>> {
+        let kind = match self.framing {
+            Framing::Raw { .. } => KIND_DEFLATE,
+            Framing::Gzip => KIND_GZIP,
+        };
+        load(self.cache.as_ref(), kind, &*self.raw, None).map(|index| index.chunks)
+    }
 }
 
 fn save(stream: &Stream<Inflate>, cache: Option<&Cache>, kind: u32, raw: &dyn ReadAt) {
@@ -305,7 +314,8 @@ fn save(stream: &Stream<Inflate>, cache: Option<&Cache>, kind: u32, raw: &dyn Re
         }
     }
     drop(index);
-    cache.store(out);
+    let kept = cache.store(out);
+    stream.index().kept = kept;
 }
 
 fn load(cache: Option<&Cache>, kind: u32, raw: &dyn ReadAt, declared: Option<u64>) -> Option<Index<Point>> {
@@ -359,7 +369,7 @@ pub struct Deflate {
 impl Deflate {
     #[must_use]
     pub fn new(raw: Arc<dyn ReadAt>, size: u64, crc: u32, cache: Option<Cache>) -> Self {
-        let codec = Inflate { raw: Arc::clone(&raw), framing: Framing::Raw { crc } };
+        let codec = Inflate { raw: Arc::clone(&raw), framing: Framing::Raw { crc }, cache: cache.clone() };
         // What was gathered for other figures of the archive's directory says nothing of these.
         let index = load(cache.as_ref(), KIND_DEFLATE, &*raw, Some(size)).filter(|index| combined(index) == crc);
         let stream = match index {
@@ -403,6 +413,14 @@ impl Source for Deflate {
         self.stream.unit(offset).unwrap_or(offset..offset)
     }
 
+    fn notes(&self) -> Option<Notes> {
+        Notes::of(self.cache.as_ref(), &*self.raw, self.size)
+    }
+
+    fn rest(&self) {
+        self.stream.rest();
+    }
+
     fn enter_child(&self) {
         self.raw.enter_child();
     }
@@ -419,7 +437,7 @@ impl Gzip {
     /// `pass` has to be called until it returns true; then the length is known.
     #[must_use]
     pub fn new(raw: Arc<dyn ReadAt>, cache: Option<Cache>) -> Self {
-        let codec = Inflate { raw: Arc::clone(&raw), framing: Framing::Gzip };
+        let codec = Inflate { raw: Arc::clone(&raw), framing: Framing::Gzip, cache: cache.clone() };
         let stream = match load(cache.as_ref(), KIND_GZIP, &*raw, None) {
             Some(index) => Stream::with_index(codec, None, index),
             None => Stream::new(codec, None),
@@ -498,6 +516,43 @@ mod tests {
         }
         assert!(read(&source, 0, data.len()).unwrap() == data);
         assert!(source.stream.index().chunks.iter().filter(|chunk| chunk.point.is_some()).count() > 4);
+    }
+
+    #[test]
+    fn a_source_at_rest_goes_on_with_its_points_or_without() {
+        let data = text(5 << 20);
+        let folder = std::env::temp_dir().join(format!("quire-rest-{}", std::process::id()));
+        std::fs::create_dir_all(&folder).expect("a folder for temporary files");
+        let path = folder.join("packed");
+        std::fs::write(&path, deflate(&data)).expect("space for a file");
+        let raw = || {
+            let file = std::fs::File::open(&path).expect("it was made");
+            Arc::new(super::super::File::new(file.into(), 0, None).expect("a file"))
+        };
+        let cache = folder.join("cache");
+        let open = || Deflate::new(raw(), data.len() as u64, crc32fast::hash(&data), Some(Cache::new(cache.clone())));
+        let points = |source: &Deflate| source.stream.index().chunks.iter().filter(|it| it.point.is_some()).count();
+        let end = data.len() - 100;
+        for source in [open(), open()] {
+            // The first makes the cache, the second finds it.
+            assert!(read(&source, end, 100).unwrap() == data[end..]);
+            assert!(points(&source) > 2);
+            source.rest();
+            assert_eq!(points(&source), 0);
+            assert!(read(&source, end, 100).unwrap() == data[end..]);
+            assert!(points(&source) > 2);
+        }
+        let source = open();
+        source.rest();
+        std::fs::remove_dir_all(&cache).expect("it was made");
+        assert!(read(&source, end, 100).unwrap() == data[end..]);
+        assert_eq!(points(&source), 0, "decoded from the beginning");
+        let uncached = Deflate::new(raw(), data.len() as u64, crc32fast::hash(&data), None);
+        assert!(read(&uncached, end, 100).unwrap() == data[end..]);
+        let before = points(&uncached);
+        uncached.rest();
+        assert_eq!(points(&uncached), before, "they could not be had again");
+        std::fs::remove_dir_all(&folder).expect("it was made");
     }
 
     #[test]

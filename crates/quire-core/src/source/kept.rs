@@ -142,6 +142,11 @@ impl Kept {
         block
     }
 
+    /// Give up all blocks of this source.
+    pub fn clear(&self) {
+        self.pool.lock().blocks.retain(|((owner, _), _)| *owner != self.owner);
+    }
+
     /// A buffer to decode into, empty.
     pub fn buffer(&self) -> Vec<u8> {
         let mut buffer = self.pool.lock().spare.pop().unwrap_or_default();
@@ -152,7 +157,7 @@ impl Kept {
 
 impl Drop for Kept {
     fn drop(&mut self) {
-        self.pool.lock().blocks.retain(|((owner, _), _)| *owner != self.owner);
+        self.clear();
     }
 }
 

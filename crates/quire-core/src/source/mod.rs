@@ -10,6 +10,7 @@ mod frames;
 mod inflate;
 mod kept;
 mod memory;
+mod notes;
 pub mod remote;
 mod snapshot;
 mod stream;
@@ -21,6 +22,7 @@ pub use file::File;
 pub(crate) use kept::lock_kept;
 pub use kept::trim;
 pub use memory::Memory;
+pub use notes::Notes;
 pub use snapshot::SnapshotBytes;
 pub use zstd::Zstd;
 
@@ -197,6 +199,14 @@ pub trait Source: Send + Sync {
         1
     }
 
+    /// Where to keep, for later processes, which pages were touched; None where filling them touch by touch costs no more.
+    fn notes(&self) -> Option<Notes> {
+        None
+    }
+
+    /// Nothing will be asked for a while: give up what is held only to go on faster.
+    fn rest(&self) {}
+
     /// As `ReadAt::enter_child`.
     fn enter_child(&self) {}
 }
@@ -242,6 +252,10 @@ impl Source for Part {
 
     fn parallel_fills(&self) -> usize {
         self.inner.parallel_fills()
+    }
+
+    fn rest(&self) {
+        self.inner.rest();
     }
 
     fn enter_child(&self) {

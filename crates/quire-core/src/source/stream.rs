@@ -56,6 +56,10 @@ pub trait Codec: Send + Sync {
     fn point(&self, cursor: &Self::Cursor) -> Option<Self::Point>;
     /// Cursors to keep for readers that go forward.
     fn live(&self) -> usize;
+    /// The chunks of a completed pass again, with their points, if they are kept somewhere.
+    fn chunks_again(&self) -> Option<Vec<Chunk<Self::Point>>> {
+        None
+    }
 }
 
 /// A part of the output.
@@ -72,6 +76,10 @@ pub struct Index<P> {
     /// Where the last of them ends.
     pub end: u64,
     pub complete: bool,
+    /// `chunks_again` can give the points again.
+    pub kept: bool,
+    /// They were given up.
+    resting: bool,
     /// One chunk in so many may have a point.
     stride: usize,
     points: usize,
@@ -80,12 +88,31 @@ pub struct Index<P> {
 
 impl<P> Index<P> {
     fn new() -> Self {
-        Self { chunks: Vec::new(), end: 0, complete: false, stride: 1, points: 0, failed: None }
+        let (chunks, complete, kept, resting) = (Vec::new(), false, false, false);
+        Self { chunks, end: 0, complete, kept, resting, stride: 1, points: 0, failed: None }
     }
 
-    /// Of a pass that was completed before.
+    /// Of a pass that was completed before, and is kept.
     pub fn complete(chunks: Vec<Chunk<P>>, end: u64) -> Self {
-        Self { chunks, end, complete: true, ..Self::new() }
+        Self { chunks, end, complete: true, kept: true, ..Self::new() }
+    }
+
+    /// Give up the points, if they can be had again.
+    fn rest(&mut self) {
+        if self.complete && self.kept {
+            self.chunks.iter_mut().for_each(|chunk| chunk.point = None);
+            self.resting = true;
+        }
+    }
+
+    /// Take the points of the same chunks. Of others, or none, decoding starts at the beginning.
+    fn wake(&mut self, again: Option<Vec<Chunk<P>>>) {
+        self.resting = false;
+        for (chunk, again) in self.chunks.iter_mut().zip(again.into_iter().flatten()) {
+            if (chunk.start, chunk.crc) == (again.start, again.crc) {
+                chunk.point = again.point;
+            }
+        }
     }
 
     fn chunk_of(&self, offset: u64) -> usize {
@@ -215,6 +242,13 @@ impl<C: Codec> Stream<C> {
         Ok(completed)
     }
 
+    /// Give up what was kept for readers that go forward or come back: they start from a checkpoint again.
+    pub fn rest(&self) {
+        lock(&self.live).clear();
+        self.kept.clear();
+        self.index().rest();
+    }
+
     fn passed(&self, offset: u64) -> Result<Option<Place>, Failure> {
         let index = self.index();
         if let Some(failure) = &index.failed {
@@ -333,7 +367,10 @@ impl<C: Codec> Stream<C> {
     /// The nearest way to the start of a chunk: a cursor that stands there or before, or a point.
     fn cursor_before(&self, number: usize) -> Result<(usize, C::Cursor), Failure> {
         let (entry, point) = {
-            let index = self.index();
+            let mut index = self.index();
+            if index.resting {
+                index.wake(self.codec.chunks_again());
+            }
             let entry = (1..=number).rev().find(|at| index.chunks[*at].point.is_some()).unwrap_or(0);
             (entry, index.chunks[entry].point.clone())
         };

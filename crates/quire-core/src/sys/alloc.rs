@@ -8,7 +8,7 @@ use std::alloc::{GlobalAlloc, Layout, System};
 use std::ptr::null_mut;
 
 /// From so many bytes on, a mapping costs little compared to what is done with it.
-const LARGE: usize = 128 << 10;
+const LARGE: usize = 32 << 10;
 /// What `mmap` aligns to everywhere.
 const ALIGN: usize = 4096;
 
