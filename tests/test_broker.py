@@ -501,3 +501,20 @@ def test_two_brokers_do_not_share_a_path(tmp_path: pathlib.Path) -> None:
         )
         assert second.returncode == 1
         assert "listens" in second.stderr
+
+
+def test_a_forked_child_may_close_what_it_inherited_and_the_parent_keeps_it(broker) -> None:
+    with quire.connect(broker.path) as client:
+        handle, lease = client.memory(PAGE)
+        child = os.fork()
+        if child == 0:
+            status = 1
+            try:
+                client.close()
+                status = 0
+            finally:
+                os._exit(status)
+        assert os.waitpid(child, 0)[1] == 0
+        assert lease[0] == 0
+        assert [holder.client for holder in client.holders(handle)] == [client.number]
+        client.ping()

@@ -158,6 +158,24 @@ def test_a_datagram_keeps_descriptors_when_its_sender_is_killed() -> None:
         os.close(received)
 
 
+def test_a_forked_child_leaves_addresses_alone_that_it_may_have_given_away(memfd: int) -> None:
+    area = Area(SIZE)
+    area.map(0, SIZE, memfd, 0, False)
+    child = os.fork()
+    if child == 0:
+        # The addresses are free here, and the next mapping may well be put there.
+        fixed = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | 0x100000
+        libc = ctypes.CDLL(None)
+        libc.mmap.restype = ctypes.c_void_p
+        libc.mmap.argtypes = [ctypes.c_void_p, *[ctypes.c_size_t] * 5]
+        address = area.address
+        got = libc.mmap(address, SIZE, mmap.PROT_READ, fixed, 2**64 - 1, 0)
+        area.cut(0, SIZE)
+        del area
+        os._exit(0 if got == address and ctypes.string_at(address, 1) == b"\0" else 1)
+    assert os.waitpid(child, 0)[1] == 0
+
+
 HUGE = hugepages.HUGE_BYTES
 needs_huge_pages = pytest.mark.skipif(not HUGE, reason="this kernel has no transparent huge pages")
 

@@ -9,10 +9,13 @@ import ctypes
 import fcntl
 import mmap
 import os
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from quire import _native
 from quire.broker.hugepages import HUGE_BYTES, advise, fill_page_table
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 __all__ = ["Area"]
 
@@ -81,6 +84,7 @@ class Area:
         self.length = length
         self.address = _reserve(length, offset)
         self._lent: _native.Lent | None = None
+        self._process = os.getpid()
 
     def announce(self, number: int, at: int, size: int) -> None:
         """Have a touch that fails explained on standard error, before it goes where it would go otherwise.
@@ -154,9 +158,13 @@ class Area:
     def cut(self, at: int, length: int) -> None:
         """Take what is mapped away; a touch is SIGBUS from then on.
 
+        Does nothing in a forked child, where nothing is mapped and the addresses may be somebody else's.
+
         Raises:
             OSError: The kernel refused.
         """
+        if os.getpid() != self._process:
+            return
         # Behind the end of an empty file every touch is SIGBUS; the seal keeps it empty.
         descriptor = os.memfd_create("quire-revoked", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
         try:
@@ -175,12 +183,12 @@ class Area:
         view = memoryview(buffer.bytes).cast("B")
         return view if write else view.toreadonly()
 
-    def __del__(self, munmap: Any = _libc.munmap) -> None:
-        """Give the addresses back."""
+    def __del__(self, munmap: Any = _libc.munmap, getpid: Callable[[], int] = os.getpid) -> None:
+        """Give the addresses back; not in a forked child, where somebody else may have them by now."""
         address = getattr(self, "address", 0)
         # First, because somebody else may be given the addresses as soon as they are free.
         self._lent = None
-        if address:
+        if address and getattr(self, "_process", 0) == getpid():
             munmap(address, self.length)
 
 

@@ -13,7 +13,7 @@ from quire.arrays import ArrayViews
 from quire.broker import protocol
 from quire.broker.area import Area
 from quire.closing import Closing
-from quire.errors import Revoked
+from quire.errors import ForkedError, Revoked
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -373,7 +373,8 @@ class Borrowed:
         lease._take_away(start, stop)
         lease._gate.free(None)
         if self.link is not None and self.link.failure is None:
-            with contextlib.suppress(Revoked):
+            # In a forked child there is nothing to give back: the lease is the parent's.
+            with contextlib.suppress(Revoked, ForkedError):
                 self.link.submit(protocol.Release, {"lease": lease._number}).result()
 
     def all(self) -> list[Lease]:
