@@ -104,6 +104,12 @@ fn while_regions_are_opened_and_closed() {
 }
 
 #[test]
+fn while_threads_start_and_end() {
+    let regions = BACKENDS.map(|backend| open(memory(), backend));
+    fork_beside(|_| std::thread::spawn(|| {}).join().expect("ended"), || regions.iter().all(|region| is_right(region)));
+}
+
+#[test]
 fn while_blocks_are_decoded_and_given_up() {
     let regions = BACKENDS.map(|backend| open(frames(), backend));
     let decode = |round: u64| {
