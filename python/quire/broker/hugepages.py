@@ -24,7 +24,7 @@ PAGE = _native.PAGE_SIZE
 # Entries of a page table, each 8 bytes.
 _ENTRIES = PAGE // 8
 # Each call waits until every processor has answered.
-_STEP_BYTES = 16 << 20
+_STEP_BYTES = 32 << 20
 _MADV_POPULATE_READ = 22
 _MADV_COLLAPSE = 25
 _MADV_GUARD_INSTALL = 102

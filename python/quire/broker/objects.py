@@ -85,7 +85,7 @@ def extent_size(size_bytes: int, wanted_bytes: int) -> int:
     return wanted_bytes
 
 
-def allocate(length: int, mappings: int = 1) -> tuple[int, bool]:
+def allocate(length: int, mappings: int = 2) -> tuple[int, bool]:
     """Make an unsealed memfd whose pages all exist; blocks for as long as zeroing takes. For any thread.
 
     Only the broker's user may open it again through ``/proc``.
