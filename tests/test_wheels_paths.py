@@ -46,6 +46,31 @@ assert sorted(os.listdir("/proc/self/fd")) == before, "nothing stays open"
     )
 
 
+def test_source_code(tmp_path: Folder) -> None:
+    wheel = make_wheel(tmp_path / "w.whl", MEMBERS)
+    isolated(
+        """
+import importlib.util, inspect, linecache, os, pkg, tokenize
+from quire.wheels import paths
+deep = os.path.join(pkg.here, "data/deep/three.py")
+spec = importlib.util.spec_from_file_location("three", deep)
+module = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(module)
+assert module.value == 3
+# As if it had been imported before wheels were enabled.
+paths.uninstall()
+importlib.reload(tokenize)
+paths.install()
+linecache.clearcache()
+assert inspect.getsource(pkg).startswith("import os") and linecache.getline(deep, 1) == "value = 3\\n"
+paths.uninstall()
+linecache.clearcache()
+assert linecache.getline(deep, 1) == ""
+""",
+        wheel,
+    )
+
+
 def test_copying_and_walking(tmp_path: Folder) -> None:
     wheel = make_wheel(tmp_path / "w.whl", MEMBERS)
     isolated(

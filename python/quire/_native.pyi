@@ -218,14 +218,25 @@ class Library:
     """A shared object, laid out in memory for the dynamic linker. Not unloaded when it is collected."""
 
     def __new__(
-        cls, source: Source, name: str, window_bytes: int, whole: str | None = None, crc: int | None = None
+        cls,
+        source: Source,
+        name: str,
+        window_bytes: int,
+        whole: str | None = None,
+        crc: int | None = None,
+        hide: bool = False,
     ) -> Self:
         """Fill in what the dynamic linker reads, and check it; with a reason for it, all. Blocks without the GIL.
+
+        With `hide` the dynamic linker will not run its constructors, whole or not: for a `Group`.
 
         Raises Malformed, with the field that is wrong, PageError, OSError.
         """
     @property
     def path(self) -> str: ...
+    @property
+    def has_resolvers(self) -> bool:
+        """Whether it has indirect functions (IFUNC), whose resolvers run while it is linked."""
     def linkage(self) -> tuple[str | None, list[str], str | None, str | None]:
         """What it says of other objects: (soname, needed, rpath, runpath), decoded as paths are."""
     def open(self, mode: int) -> int:
@@ -236,6 +247,21 @@ class Library:
     def discard(self) -> int: ...
     def share(self) -> tuple[str, int, int, int, int, int, int]:
         """(reason if whole, size, lazy bytes, filled bytes, faults, refills, evictions)."""
+
+@final
+class Group:
+    """Shared objects that are linked, and unloaded, together. Not unloaded when it is collected."""
+
+    def __new__(
+        cls, members: Sequence[Library], needed: Sequence[str], order: Sequence[int], mode: int
+    ) -> Self:
+        """Have members linked in one step, and construct them in an order: places in `members`.
+
+        `needed` are paths of members and names of others, in the order in which symbols are looked up. Every member
+        is paged or was made with `hide`. OSError if refused; nothing is loaded then.
+        """
+    def close(self) -> bool:
+        """Close all members; whether all were unloaded."""
 
 @final
 class ElfFile:

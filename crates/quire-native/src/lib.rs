@@ -34,6 +34,7 @@ fn _native(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add_class::<mapping::Mapping>()?;
     module.add_class::<library::Library>()?;
     module.add_class::<lent::Lent>()?;
+    module.add_class::<library::Group>()?;
     module.add_class::<live::LiveSegment>()?;
     module.add_class::<live::WritableAlias>()?;
     module.add_class::<live::MirrorView>()?;

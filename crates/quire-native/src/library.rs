@@ -5,9 +5,9 @@ use std::os::raw::c_int;
 use std::os::unix::ffi::OsStringExt;
 use std::sync::Arc;
 
-use pyo3::exceptions::PyOSError;
+use pyo3::exceptions::{PyOSError, PyValueError};
 use pyo3::prelude::*;
-use quire_core::loader::{Library as Core, OpenError};
+use quire_core::loader::{Group as CoreGroup, Library as Core, OpenError};
 
 use crate::errors::{Raised, Result};
 use crate::source::Source;
@@ -15,7 +15,7 @@ use crate::source::Source;
 /// A shared object, laid out for the dynamic linker.
 #[pyclass(frozen, module = "quire._native")]
 pub struct Library {
-    inner: Core,
+    inner: Arc<Core>,
 }
 
 type Strings = (Option<OsString>, Vec<OsString>, Option<OsString>, Option<OsString>);
@@ -27,10 +27,17 @@ pub fn is_loaded(name: OsString) -> bool {
     CString::new(name.into_vec()).is_ok_and(|name| quire_core::sys::dl::Handle::find(&name).is_some())
 }
 
+fn refused(error: OpenError) -> Raised {
+    match error {
+        OpenError::Linker(text) => Raised::from(PyOSError::new_err(text)),
+        OpenError::Region(error) => error.into(),
+    }
+}
+
 #[pymethods]
 impl Library {
     #[new]
-    #[pyo3(signature = (source, name, window_bytes, whole = None, crc = None))]
+    #[pyo3(signature = (source, name, window_bytes, whole = None, crc = None, hide = false))]
     fn new(
         py: Python<'_>,
         source: &Source,
@@ -38,9 +45,11 @@ impl Library {
         window_bytes: u64,
         whole: Option<String>,
         crc: Option<u32>,
+        hide: bool,
     ) -> Result<Self> {
         let source = Arc::clone(&source.inner);
-        Ok(Self { inner: py.detach(|| Core::prepare(source, name, window_bytes, whole, crc))? })
+        let inner = py.detach(|| Core::prepare(source, name, window_bytes, whole, crc, hide))?;
+        Ok(Self { inner: Arc::new(inner) })
     }
 
     /// What the dynamic linker opens, and calls it.
@@ -59,11 +68,12 @@ impl Library {
 
     /// With the GIL held, as CPython opens what it imports: constructors may count on it. Filling does not need it.
     fn open(&self, mode: c_int) -> Result<usize> {
-        match self.inner.open(mode) {
-            Ok(handle) => Ok(handle.address()),
-            Err(OpenError::Linker(text)) => Err(Raised::from(PyOSError::new_err(text))),
-            Err(OpenError::Region(error)) => Err(error.into()),
-        }
+        Ok(self.inner.open(mode).map_err(refused)?.address())
+    }
+
+    #[getter]
+    fn has_resolvers(&self) -> bool {
+        self.inner.has_resolvers()
     }
 
     fn close(&self) -> Result<bool> {
@@ -84,5 +94,28 @@ impl Library {
         let (faults, refills, evictions) =
             share.figures.map_or((0, 0, 0), |figures| (figures.faults, figures.refills, figures.evictions));
         Ok((share.reason, share.size, share.lazy_bytes, share.filled_bytes, faults, refills, evictions))
+    }
+}
+
+/// Shared objects that are linked, and unloaded, together.
+#[pyclass(frozen, module = "quire._native")]
+pub struct Group {
+    inner: CoreGroup,
+}
+
+#[pymethods]
+impl Group {
+    /// With the GIL held, as for one.
+    #[new]
+    fn new(members: Vec<Py<Library>>, needed: Vec<OsString>, order: Vec<usize>, mode: c_int) -> Result<Self> {
+        let members = members.iter().map(|member| Arc::clone(&member.get().inner)).collect();
+        let needed =
+            needed.into_iter().map(|name| CString::new(name.into_vec())).collect::<std::result::Result<_, _>>();
+        let needed: Vec<_> = needed.map_err(|error| Raised::from(PyValueError::new_err(error.to_string())))?;
+        Ok(Self { inner: CoreGroup::link(members, &needed, &order, mode).map_err(refused)? })
+    }
+
+    fn close(&self) -> Result<bool> {
+        self.inner.close().map_err(|text| Raised::from(PyOSError::new_err(text)))
     }
 }

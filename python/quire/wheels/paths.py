@@ -11,6 +11,7 @@ Code in C that opens a path by itself gets the kernel's error, which has the pat
 
 from __future__ import annotations
 
+import _io
 import builtins
 import contextlib
 import ctypes
@@ -21,6 +22,7 @@ import io
 import os
 import posixpath
 import stat
+import sys
 import time
 from importlib import import_module
 from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
@@ -181,6 +183,10 @@ def _open_answer(place: _Place, mode: str = "r", *args: Any, **more: Any) -> Any
     return _open.original(place.path, mode, *args, **(more | {"opener": lambda _path, _flags: place.open()}))
 
 
+def _open_code_answer(place: _Place, **_: Any) -> Any:
+    return _open_answer(place, "rb")
+
+
 def _os_open_answer(place: _Place, flags: int, mode: int = 0o777, **_: Any) -> int:
     del mode
     if flags & (os.O_ACCMODE | os.O_CREAT | os.O_TRUNC):
@@ -274,9 +280,13 @@ def _listxattr_answer(place: _Place, **_: Any) -> list[str]:
 
 
 _open = _Redirected(io, "open", _open_answer)
+_open_code = _Redirected(io, "open_code", _open_code_answer)
 _REPLACED: list[tuple[Any, str, Any]] = [
     (builtins, "open", _open),
     (io, "open", _open),
+    (io, "open_code", _open_code),
+    # Where the standard loaders look for it.
+    (_io, "open_code", _open_code),
     (os, "open", _Redirected(os, "open", _os_open_answer)),
     (os, "stat", _Redirected(os, "stat", _stat_answer)),
     (os, "lstat", _Redirected(os, "lstat", _stat_answer)),
@@ -325,10 +335,19 @@ def install() -> None:
     # What these say they support is looked up by the function itself.
     for known in (os.supports_dir_fd, os.supports_fd, os.supports_follow_symlinks):
         known.update(mine for _, _, mine in _REPLACED if mine.__wrapped__ in known)
+    _swap_in_tokenize(_open.original, _open)
+
+
+def _swap_in_tokenize(old: Any, new: Any) -> None:
+    """Replace the ``open`` that tokenize took by name, if it was imported: linecache reads source with it."""
+    tokenize: Any = sys.modules.get("tokenize")
+    if tokenize is not None and getattr(tokenize, "_builtin_open", None) is old:
+        tokenize._builtin_open = new
 
 
 def uninstall() -> None:
     """Undo ``install``; what somebody else replaced since stays. Idempotent."""
+    _swap_in_tokenize(_open, _open.original)
     for (home, name, replacement), (_, _, original) in zip(_REPLACED, _ORIGINALS, strict=True):
         if getattr(home, name) is replacement:
             setattr(home, name, original)

@@ -6,7 +6,7 @@ use std::ops::Range;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::sync::{Arc, Mutex, PoisonError};
 
-use super::plan::{Linkage, Plan, Segment};
+use super::plan::{Linkage, Plan, Segment, Whole};
 use super::reader::Reader;
 use crate::pages::{PAGE, PageRange, subtract};
 use crate::region::{self, Backend, Discard, Figures, Region, RegionError, View};
@@ -29,6 +29,8 @@ enum Body {
     Whole {
         file: OwnedFd,
         reason: String,
+        /// What was read of it, if its constructors are hidden.
+        hidden: Option<Plan>,
     },
     Paged(Box<Paged>),
 }
@@ -42,6 +44,8 @@ struct Paged {
 /// Where a library stands in its life.
 enum State {
     Prepared,
+    /// The dynamic linker has it because a `Group` needs it.
+    Grouped,
     Open(dl::Handle),
     Closed,
 }
@@ -55,6 +59,8 @@ pub struct Library {
     state: Mutex<State>,
     /// Of the file.
     size: u64,
+    /// Whether code of it runs while it is linked.
+    has_resolvers: bool,
 }
 
 /// How much of a library is where.
@@ -79,7 +85,8 @@ impl Library {
     /// Lay an object out in memory, as far as the dynamic linker needs it, and check it.
     ///
     /// `whole`: why to load it whole, if that is wanted. `crc`: the CRC-32 of the file, which is checked if it is loaded
-    /// whole. May wait for the source; forks wait for it.
+    /// whole. `hide`: hide its constructors from the dynamic linker even then, for a `Group`. May wait for the source;
+    /// forks wait for it.
     ///
     /// # Errors
     /// Malformed, with the field that is wrong; what the source raises; no memory.
@@ -89,6 +96,7 @@ impl Library {
         window_bytes: u64,
         whole: Option<String>,
         crc: Option<u32>,
+        hide: bool,
     ) -> std::result::Result<Self, RegionError> {
         let size = source.size();
         let reason = match whole {
@@ -98,7 +106,7 @@ impl Library {
                 Ok(mut paged) => {
                     paged.region.rest()?;
                     let linkage = std::mem::take(&mut paged.plan.linkage);
-                    return Ok(Self::of(size, Body::Paged(Box::new(paged)), linkage));
+                    return Ok(Self::of(size, Body::Paged(Box::new(paged)), linkage, false));
                 }
                 Err(reason) => reason,
             },
@@ -110,14 +118,21 @@ impl Library {
             copied
         })??;
         // Checked after it was copied: what is read twice might differ.
-        let plan = plan_of(Reader::of_file(&file, size)?)?;
-        Ok(Self::of(size, Body::Whole { file, reason }, plan.linkage))
+        let mut plan = plan_of(Reader::of_file(&file, size)?)?;
+        if hide {
+            plan.hide_constructors(file.as_fd())?;
+        }
+        memfd::add_seals(file.as_fd(), memfd::SEALS_IMMUTABLE)?;
+        let linkage = std::mem::take(&mut plan.linkage);
+        let has_resolvers = plan.whole == Some(Whole::IndirectFunctions);
+        let hidden = hide.then_some(plan);
+        Ok(Self::of(size, Body::Whole { file, reason, hidden }, linkage, has_resolvers))
     }
 
-    fn of(size: u64, body: Body, linkage: Linkage) -> Self {
+    fn of(size: u64, body: Body, linkage: Linkage, has_resolvers: bool) -> Self {
         let path = path_of(body.file());
         let state = Mutex::new(State::Prepared);
-        Self { path, linkage, body: Mutex::new(Some(body)), state, size }
+        Self { path, linkage, body: Mutex::new(Some(body)), state, size, has_resolvers }
     }
 
     /// A region that shows the object, with what is needed at once filled in; or why that cannot be.
@@ -159,9 +174,7 @@ impl Library {
             region.pin(range.start, range.end - range.start)?;
         }
         let file = region.shared_file().ok_or_else(|| Error::Invalid("the region is not shared".to_owned()))?;
-        for place in &plan.constructor_tags {
-            memfd::write_all(file, &HIDDEN_TAG.to_le_bytes(), *place)?;
-        }
+        plan.hide_constructors(file)?;
         Ok(Ok(Paged { region, plan }))
     }
 
@@ -174,6 +187,23 @@ impl Library {
     #[must_use]
     pub const fn linkage(&self) -> &Linkage {
         &self.linkage
+    }
+
+    /// Whether it has indirect functions, whose resolvers run while it is linked.
+    #[must_use]
+    pub const fn has_resolvers(&self) -> bool {
+        self.has_resolvers
+    }
+
+    /// Whether a `Group` can have it: it is not linked, and its constructors are hidden.
+    #[must_use]
+    pub fn is_ready_for_a_group(&self) -> bool {
+        self.is_hidden() && matches!(*lock(&self.state), State::Prepared)
+    }
+
+    /// Whether its constructors are hidden from the dynamic linker, so that they are to be run here.
+    fn is_hidden(&self) -> bool {
+        lock(&self.body).as_ref().is_some_and(|body| body.hidden().is_some())
     }
 
     /// Have the dynamic linker load it, and run its constructors. What it needs must be loaded before, unless the dynamic
@@ -190,34 +220,71 @@ impl Library {
                 self.publish(mode)?;
                 return Ok(*handle);
             }
+            State::Grouped => {
+                let mode = mode | libc::RTLD_NOLOAD;
+                let handle = dl::Handle::open(&self.path, mode).map_err(OpenError::Linker)?;
+                *state = State::Open(handle);
+                return Ok(handle);
+            }
             State::Closed => return Err(OpenError::Linker("the library is closed".to_owned())),
             State::Prepared => {}
         }
-        let body = lock(&self.body);
-        let Some(Body::Paged(paged)) = &*body else {
-            drop(body);
+        if !self.is_hidden() {
             // Constructors run inside and may do anything, except opening the same library again.
             let handle = dl::Handle::open(&self.path, mode).map_err(OpenError::Linker)?;
             *state = State::Open(handle);
             return Ok(handle);
-        };
+        }
         // Nobody else is to find symbols of it before its constructors have run.
-        let quiet = mode & !libc::RTLD_GLOBAL;
-        let handle = dl::Handle::open(&self.path, quiet).map_err(OpenError::Linker)?;
+        let handle = dl::Handle::open(&self.path, mode & !libc::RTLD_GLOBAL).map_err(OpenError::Linker)?;
         *state = State::Open(handle);
-        let bias = handle.bias().map_err(OpenError::Linker)?;
-        paged.attach(bias)?;
-        // Where /proc/self/pagemap cannot be read, it takes more memory, and that is all.
-        let _dropped = paged.drop_hidden(bias);
-        let (init, array) = (paged.plan.init, paged.plan.init_array.clone());
-        drop(body);
         drop(state);
-        let at = |address: u64| bias + address as usize;
-        // SAFETY: the addresses were checked to lie within the object, which is linked; its constructors were hidden from
-        // the dynamic linker, and run here once, since the state was Prepared.
-        unsafe { dl::construct(init.map(at), at(array.start), ((array.end - array.start) / 8) as usize) };
+        self.attach()?;
+        self.construct()?;
         self.publish(mode)?;
         Ok(handle)
+    }
+
+    /// The dynamic linker has loaded it for something else, which holds it.
+    pub(super) fn note_loaded(&self) {
+        *lock(&self.state) = State::Grouped;
+    }
+
+    /// What was added to the addresses of an object that is loaded.
+    fn bias(&self) -> std::result::Result<usize, OpenError> {
+        let found = match &*lock(&self.state) {
+            State::Open(handle) => handle.bias(),
+            State::Grouped => dl::bias_of(&self.path).ok_or_else(|| "the dynamic linker has lost it".to_owned()),
+            State::Prepared | State::Closed => Err("the library is not open".to_owned()),
+        };
+        found.map_err(OpenError::Linker)
+    }
+
+    /// It was mapped: fill what is touched of it from now on, if it is not there as a whole.
+    pub(super) fn attach(&self) -> std::result::Result<(), OpenError> {
+        match &*lock(&self.body) {
+            Some(Body::Paged(paged)) => {
+                let bias = self.bias()?;
+                paged.attach(bias)?;
+                // Where /proc/self/pagemap cannot be read, it takes more memory, and that is all.
+                let _dropped = paged.drop_hidden(bias);
+                Ok(())
+            }
+            _ => Ok(()),
+        }
+    }
+
+    /// Run its constructors, if they are hidden. Once, after `attach`.
+    pub(super) fn construct(&self) -> std::result::Result<(), OpenError> {
+        let Some((init, array)) = lock(&self.body).as_ref().and_then(Body::hidden).map(Plan::constructors) else {
+            return Ok(());
+        };
+        let bias = self.bias()?;
+        let at = |address: u64| bias + address as usize;
+        // SAFETY: the addresses were checked to lie within the object, which is linked; its constructors were hidden from
+        // the dynamic linker, and run here once, after the state ceased to be Prepared.
+        unsafe { dl::construct(init.map(at), at(array.start), ((array.end - array.start) / 8) as usize) };
+        Ok(())
     }
 
     /// Make the symbols of what is loaded known to all, if the mode says so.
@@ -236,18 +303,24 @@ impl Library {
     /// # Errors
     /// What the dynamic linker says.
     pub fn close(&self) -> std::result::Result<bool, String> {
+        self.let_go()?;
+        Ok(self.settle())
+    }
+
+    /// Give the library's own reference back, if it holds one. Destructors may run.
+    pub(super) fn let_go(&self) -> std::result::Result<(), String> {
         if let Some(region) = self.region() {
             // Now, as long as its views are mapped. Without notes later processes are slower, and that is all.
             let _noted = region.remember();
         }
-        let mut state = lock(&self.state);
-        let before = std::mem::replace(&mut *state, State::Closed);
-        drop(state); // destructors run now
-        if let State::Open(handle) = before {
-            handle.close()?;
-            if dl::Handle::find(&self.path).is_some() {
-                return Ok(false);
-            }
+        let before = std::mem::replace(&mut *lock(&self.state), State::Closed);
+        if let State::Open(handle) = before { handle.close() } else { Ok(()) }
+    }
+
+    /// Give up what is behind it, unless the dynamic linker still has it. True if it has not.
+    pub(super) fn settle(&self) -> bool {
+        if dl::Handle::find(&self.path).is_some() {
+            return false;
         }
         if let Some(body) = lock(&self.body).take() {
             if let Body::Paged(paged) = &body {
@@ -255,7 +328,7 @@ impl Library {
             }
             drop(body);
         }
-        Ok(true)
+        true
     }
 
     /// Fill all of it, which then stays until the kernel or `discard` takes it.
@@ -332,6 +405,12 @@ impl From<RegionError> for OpenError {
     }
 }
 
+impl From<Error> for OpenError {
+    fn from(error: Error) -> Self {
+        Self::Region(error.into())
+    }
+}
+
 impl Paged {
     /// The object was mapped: fill what is touched of it from now on.
     fn attach(&self, bias: usize) -> std::result::Result<(), RegionError> {
@@ -375,6 +454,18 @@ impl Paged {
 }
 
 impl Plan {
+    /// Overwrite, in the memory file, what would make the dynamic linker run constructors.
+    fn hide_constructors(&self, file: BorrowedFd<'_>) -> Result<()> {
+        self.constructor_tags
+            .iter()
+            .try_for_each(|place| memfd::write_all(file, &HIDDEN_TAG.to_le_bytes(), *place).map(drop))
+    }
+
+    /// `DT_INIT` and `DT_INIT_ARRAY`, as addresses in the object.
+    fn constructors(&self) -> (Option<u64>, Range<u64>) {
+        (self.init, self.init_array.clone())
+    }
+
     /// What is spent and lies in segments that the dynamic linker only reads, so that a touch would be served.
     fn spent_lazy(&self) -> impl Iterator<Item = Range<u64>> {
         let within = |range: &Range<u64>, segment: &Segment| {
@@ -431,6 +522,14 @@ impl Plan {
 }
 
 impl Body {
+    /// What was read of it, if its constructors are hidden.
+    const fn hidden(&self) -> Option<&Plan> {
+        match self {
+            Self::Whole { hidden, .. } => hidden.as_ref(),
+            Self::Paged(paged) => Some(&paged.plan),
+        }
+    }
+
     fn file(&self) -> BorrowedFd<'_> {
         match self {
             Self::Whole { file, .. } => file.as_fd(),
@@ -440,7 +539,7 @@ impl Body {
 }
 
 /// The path by which the dynamic linker opens a file. Not below /proc/self: a debugger that looks for it is another process.
-fn path_of(file: BorrowedFd<'_>) -> CString {
+pub(super) fn path_of(file: BorrowedFd<'_>) -> CString {
     CString::new(format!("/proc/{}/fd/{}", std::process::id(), file.as_raw_fd())).expect("no NUL in it")
 }
 
@@ -448,7 +547,7 @@ fn path_of(file: BorrowedFd<'_>) -> CString {
 ///
 /// It compares names before files, and numbers of descriptors come again that were closed behind our back, as daemons
 /// close all.
-fn unused(mut file: OwnedFd) -> Result<OwnedFd> {
+pub(super) fn unused(mut file: OwnedFd) -> Result<OwnedFd> {
     let mut taken = Vec::new();
     while dl::Handle::find(&path_of(file.as_fd())).is_some() {
         let moved = file.try_clone();
@@ -476,7 +575,7 @@ fn plan_of(reader: Reader<'_>) -> std::result::Result<Plan, RegionError> {
     }
 }
 
-/// Copy all of a source into a file that nobody can change any more.
+/// Copy all of a source into a file.
 fn copy(source: &dyn Source, label: &CStr, crc: Option<u32>) -> std::result::Result<OwnedFd, RegionError> {
     let file = unused(memfd::create(label)?)?;
     let size = source.size();
@@ -492,6 +591,5 @@ fn copy(source: &dyn Source, label: &CStr, crc: Option<u32>) -> std::result::Res
     if crc.is_some_and(|crc| crc != hasher.finalize()) {
         return Err(Failure::new("CRC-32 mismatch", 0).into());
     }
-    memfd::add_seals(file.as_fd(), libc::F_SEAL_WRITE | libc::F_SEAL_SHRINK | libc::F_SEAL_GROW | libc::F_SEAL_SEAL)?;
     Ok(file)
 }

@@ -13,12 +13,12 @@ use crate::pages::{PAGE, PageRange};
 use crate::{Error, Result};
 
 #[cfg(target_arch = "x86_64")]
-mod machine {
+pub mod machine {
     pub const NUMBER: u16 = 62;
     pub const NAME: &str = "x86-64";
 }
 #[cfg(target_arch = "aarch64")]
-mod machine {
+pub mod machine {
     pub const NUMBER: u16 = 183;
     pub const NAME: &str = "aarch64";
 }

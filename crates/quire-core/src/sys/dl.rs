@@ -76,6 +76,28 @@ impl Handle {
     }
 }
 
+/// What was added to the addresses of the object that has this path, if there is one.
+#[must_use]
+pub fn bias_of(path: &CStr) -> Option<usize> {
+    struct Search<'a> {
+        path: &'a CStr,
+        found: Option<usize>,
+    }
+    unsafe extern "C" fn look(info: *mut libc::dl_phdr_info, _size: usize, search: *mut c_void) -> c_int {
+        // SAFETY: both pointers are those of the call below: the dynamic linker's, and the search that it was given.
+        let (info, search) = unsafe { (&*info, &mut *search.cast::<Search<'_>>()) };
+        // SAFETY: names are null or strings that stay while the dynamic linker calls.
+        if !info.dlpi_name.is_null() && unsafe { CStr::from_ptr(info.dlpi_name) } == search.path {
+            search.found = Some(info.dlpi_addr as usize);
+        }
+        c_int::from(search.found.is_some())
+    }
+    let mut search = Search { path, found: None };
+    // SAFETY: the function only reads what it is given, and the search outlives the call.
+    unsafe { libc::dl_iterate_phdr(Some(look), (&raw mut search).cast()) };
+    search.found
+}
+
 static ARGC: AtomicI32 = AtomicI32::new(0);
 static ARGV: AtomicPtr<*mut c_char> = AtomicPtr::new(std::ptr::null_mut());
 
