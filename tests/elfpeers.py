@@ -59,6 +59,24 @@ def readelf(path: pathlib.Path, *options: str) -> str:
     return done.stdout.decode("utf-8", "surrogateescape")
 
 
+def against_objdump(image: ElfImage, path: pathlib.Path) -> list[str]:
+    """Compare the stubs of functions, which objdump labels ``name@plt``."""
+    done = subprocess.run(
+        ["objdump", "-d", "-j", ".plt", "-j", ".plt.sec", "-j", ".plt.got", str(path)],
+        capture_output=True,
+        check=False,  # It fails if there is no such section.
+        env={**os.environ, "LC_ALL": "C", "LANGUAGE": "C"},
+    )
+    text = done.stdout.decode("utf-8", "surrogateescape")
+    labels = re.findall(r"^([0-9a-f]+) <(.*)@plt>:$", text, re.MULTILINE)
+    # With versions; what a function of the object decides has none but a number.
+    theirs = {
+        (int(address, 16), None if name[0] == "*" else name.partition("@")[0]) for address, name in labels
+    }
+    ours = {(slot.stub, slot.symbol and slot.symbol.name) for slot in image.slots() if slot.stub is not None}
+    return [*_differing("stubs", ours, theirs)]
+
+
 def _differing(what: str, ours: Any, theirs: Any) -> Iterator[str]:
     if ours == theirs:
         return

@@ -8,13 +8,15 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from quire import _native
 from quire.errors import Malformed
-from quire.image import elf_plan
+from quire.image import elf_plan, stubs
 from quire.image.machines import machine_name
 from quire.image.model import Eagerness, Image, Kind, Relocation, Section, Segment, Slot, Symbol, Version
 from quire.image.naming import named
 from quire.image.operations import Protection
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
     from quire.image.operations import Operation
     from quire.sources import Source
 
@@ -25,6 +27,7 @@ PF_X, PF_W, PF_R = 1, 2, 4
 SHN_UNDEF, SHN_LORESERVE = 0, 0xFF00
 SHT_NOBITS = 8
 
+DT_PLTGOT = 3
 DT_PLTRELSZ, DT_SONAME, DT_RPATH, DT_TEXTREL, DT_BIND_NOW, DT_RUNPATH = 2, 14, 15, 22, 24, 29
 DT_NEEDED, DT_FLAGS, DT_FLAGS_1 = 1, 30, 0x6FFFFFFB
 DF_TEXTREL, DF_BIND_NOW = 4, 8
@@ -401,13 +404,39 @@ class ElfImage(Image):
         return list(self._relocations)
 
     def slots(self) -> list[Slot]:
-        """List the words of the GOT that get the address of a symbol, the functions of the PLT among them."""
+        """List the words of the GOT that get the address of a symbol, the functions of the PLT among them.
+
+        Reads the code of the PLT; in a file without sections all code.
+        """
         found = []
         for relocation in self._relocations:
             kind = _SLOT_KINDS.get(relocation.kind.split("_", 2)[-1].removeprefix("64_"))
             if kind is not None and self.kind != "relocatable":
                 found.append(Slot(relocation.address, relocation.symbol, kind, relocation.is_lazy))  # type: ignore[arg-type]
-        return found
+        got = self._dynamic_values.get(DT_PLTGOT)
+        known = stubs.find(
+            self.machine_number, self.bits, got, {slot.address for slot in found}, self._plt_code()
+        )
+        return [slot._replace(stub=known.get(slot.address)) for slot in found]
+
+    def _plt_code(self) -> Iterator[tuple[int, bytes]]:
+        """Give the addresses and bytes of what may have stubs."""
+        try:
+            sections = self.sections
+        except Malformed:
+            # Nothing that runs needs them.
+            sections = ()
+        parts: Sequence[Section | Segment] = [
+            section for section in sections if section.name.startswith((".plt", ".iplt"))
+        ]
+        if not sections:
+            parts = [segment for segment in self.segments if segment.kind == "LOAD" and segment.flags & PF_X]
+        left = self.size  # They do not overlap, but for damaged ones.
+        for part in parts:
+            length = min(part.file_size, self.size - part.offset, left)
+            if length > 0:
+                left -= length
+                yield part.address, self.read(part.offset, length)
 
     @functools.cached_property
     def binds_now(self) -> bool:

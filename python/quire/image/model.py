@@ -141,6 +141,9 @@ class Slot(NamedTuple):
     kind: Literal["function", "data", "ifunc", "tls"]
     is_lazy: bool
     """Whether it is filled at the first call."""
+    stub: int | None = None
+    """Address of the code that jumps to where it points (PLT), before a bias is added; None if there is none
+    in a known shape."""
 
 
 @dataclass(frozen=True, slots=True)
