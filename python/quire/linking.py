@@ -417,8 +417,12 @@ def _open(group: list[_Object], mode: int) -> None:
         )
     natives = [this.native for this in group]
     native = _native.Group(natives, _names(group), _constructor_order(group), mode)
-    if group[0].asker is None:
-        natives[0].open(mode)
+    try:
+        if group[0].asker is None:
+            natives[0].open(mode)
+    except BaseException:
+        native.close()
+        raise
     together: list[Linked] = []
     for this in group:
         linked = this.finish(group)
