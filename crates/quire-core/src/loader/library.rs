@@ -30,7 +30,7 @@ enum Body {
         file: OwnedFd,
         reason: String,
         /// What was read of it, if its constructors are hidden.
-        hidden: Option<Plan>,
+        hidden: Option<Box<Plan>>,
     },
     Paged(Box<Paged>),
 }
@@ -125,7 +125,7 @@ impl Library {
         memfd::add_seals(file.as_fd(), memfd::SEALS_IMMUTABLE)?;
         let linkage = std::mem::take(&mut plan.linkage);
         let has_resolvers = plan.whole == Some(Whole::IndirectFunctions);
-        let hidden = hide.then_some(plan);
+        let hidden = hide.then(|| Box::new(plan));
         Ok(Self::of(size, Body::Whole { file, reason, hidden }, linkage, has_resolvers))
     }
 
@@ -523,9 +523,9 @@ impl Plan {
 
 impl Body {
     /// What was read of it, if its constructors are hidden.
-    const fn hidden(&self) -> Option<&Plan> {
+    fn hidden(&self) -> Option<&Plan> {
         match self {
-            Self::Whole { hidden, .. } => hidden.as_ref(),
+            Self::Whole { hidden, .. } => hidden.as_deref(),
             Self::Paged(paged) => Some(&paged.plan),
         }
     }
