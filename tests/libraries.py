@@ -4,6 +4,8 @@ import pathlib
 import subprocess
 import zipfile
 
+import quire
+
 TABLE_BYTES = 4 << 20
 CODE_BYTES = 2 << 20
 
@@ -20,6 +22,15 @@ const void *table_address(void) {{ return table; }}
 int page_of(long page) {{ return *(const int *)(table + 4096 * page); }}
 int walk(void) {{ sled(); return 7; }}
 """
+
+
+def refusal() -> str:
+    """Why nothing can be left until it is touched here; empty if it can."""
+    try:
+        with quire.Region(bytes(4096), faults="thread", shared=True) as region:
+            return "" if region.serves_system_calls else "userfaultfd is for user-mode faults only"
+    except quire.Unsupported as error:
+        return str(error)
 
 
 def compiled(folder: pathlib.Path, name: str, source: str, *flags: str, language: str = "c") -> pathlib.Path:

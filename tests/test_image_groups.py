@@ -13,8 +13,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
-from libraries import LARGE, compiled, zipped
-from test_image_load import refusal
+from libraries import LARGE, compiled, refusal, zipped
 
 from quire import Malformed, image, linking
 

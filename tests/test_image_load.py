@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
-from libraries import CODE_BYTES, LARGE, TABLE_BYTES, compiled, zipped
+from libraries import CODE_BYTES, LARGE, TABLE_BYTES, compiled, refusal, zipped
 from support import MIB
 
 import quire
@@ -24,15 +24,6 @@ from quire.image import fatelf
 
 Folder = pathlib.Path
 PAGES = TABLE_BYTES // 4096
-
-
-def refusal() -> str:
-    """Why nothing can be left until it is touched here; empty if it can."""
-    try:
-        with quire.Region(bytes(4096), faults="thread", shared=True) as region:
-            return "" if region.serves_system_calls else "userfaultfd is for user-mode faults only"
-    except quire.Unsupported as error:
-        return str(error)
 
 
 pytestmark = pytest.mark.skipif(bool(refusal()), reason=refusal())

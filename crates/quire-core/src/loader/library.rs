@@ -262,16 +262,13 @@ impl Library {
 
     /// It was mapped: fill what is touched of it from now on, if it is not there as a whole.
     pub(super) fn attach(&self) -> std::result::Result<(), OpenError> {
-        match &*lock(&self.body) {
-            Some(Body::Paged(paged)) => {
-                let bias = self.bias()?;
-                paged.attach(bias)?;
-                // Where /proc/self/pagemap cannot be read, it takes more memory, and that is all.
-                let _dropped = paged.drop_hidden(bias);
-                Ok(())
-            }
-            _ => Ok(()),
+        let bias = self.bias()?;
+        if let Some(Body::Paged(paged)) = &*lock(&self.body) {
+            paged.attach(bias)?;
+            // Where /proc/self/pagemap cannot be read, it takes more memory, and that is all.
+            let _dropped = paged.drop_hidden(bias);
         }
+        Ok(())
     }
 
     /// Run its constructors, if they are hidden. Once, after `attach`.
