@@ -1,18 +1,21 @@
 """Brokers for tests: one inside this process, whose books can be looked at, and real daemons."""
 
+import array
 import asyncio
 import contextlib
 import os
 import select
 import signal
+import socket
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
+from quire.broker import protocol
 from quire.broker.config import Config
 from quire.broker.keeper import Keeper
 from quire.broker.server import Server, listen
@@ -116,10 +119,10 @@ class Child:
     """A client in a process of its own, run line by line; ``c`` is its connection."""
 
     PROGRAM = """
-import array, ctypes, mmap, os, socket, struct, sys, threading
+import array, ctypes, mmap, os, select, signal, socket, struct, sys, threading, time, zlib
 import numpy as np
 import quire
-from quire import client
+from quire import client, segment, snapshot
 from quire.broker import protocol
 from quire.broker.protocol import Rights
 def faults():
@@ -127,7 +130,7 @@ def faults():
     return int(ours[7]) + int(ours[9])
 if len(sys.argv) > 2:
     os.setuid(int(sys.argv[2]))
-c = client.connect(sys.argv[1])
+c = client.connect(sys.argv[1]) if sys.argv[1] else None
 while True:
     length = struct.unpack("I", sys.stdin.buffer.read(4))[0]
     text = sys.stdin.buffer.read(length).decode()
@@ -194,3 +197,50 @@ def children(path: str, count: int, uid: int | None = None) -> Iterator[list[Chi
     finally:
         for child in made:
             child.close()
+
+
+class Raw:
+    """A connection without a library."""
+
+    made: ClassVar[list["Raw"]] = []
+
+    def __init__(self, path: str, *, hello: bool = True) -> None:
+        Raw.made.append(self)
+        self.sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        self.sock.settimeout(10)
+        self.sock.connect(path)
+        self.frames = protocol.FrameReader()
+        if hello:
+            self.send(protocol.Hello(1, 1))
+            self.welcome = self.receive()
+
+    def send(self, message: protocol.Message, descriptors: list[int] | None = None) -> None:
+        frame = protocol.encode(message, len(descriptors or ()))
+        ancillary = (
+            [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", descriptors))] if descriptors else []
+        )
+        self.sock.sendmsg([frame], ancillary)
+
+    def receive(self) -> protocol.Message:
+        while True:
+            for payload, descriptors in self.frames.frames():
+                for descriptor in descriptors:
+                    os.close(descriptor)
+                return protocol.decode_reply(payload)
+            data, descriptors, _, _ = socket.recv_fds(self.sock, 1 << 16, 253)
+            if not data:
+                raise EOFError
+            self.frames.feed(data, descriptors)
+
+    def ask(self, message: protocol.Message, descriptors: list[int] | None = None) -> protocol.Message:
+        self.send(message, descriptors)
+        return self.receive()
+
+    def is_cut_off(self) -> bool:
+        try:
+            while True:
+                self.receive()
+        except (EOFError, ConnectionResetError):
+            return True
+        finally:
+            self.sock.close()

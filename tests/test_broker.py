@@ -11,7 +11,7 @@ import threading
 
 import numpy as np
 import pytest
-from brokers import Inside, children, daemon, inside
+from brokers import children, daemon, inside
 from support import PAGE, pattern
 
 import quire
@@ -19,25 +19,6 @@ from quire import aio, client
 from quire.broker.protocol import Rights
 
 MIB = 1 << 20
-
-
-@pytest.fixture
-def broker(tmp_path: pathlib.Path):
-    with inside(tmp_path / "broker") as running:
-        yield running
-        assert running.audit() == []
-
-
-@pytest.fixture
-def owner(broker: Inside):
-    with quire.connect(broker.path) as connected:
-        yield connected
-
-
-@pytest.fixture
-def other(broker: Inside):
-    with quire.connect(broker.path) as connected:
-        yield connected
 
 
 def filled(owner: client.Client, size: int, **options: int) -> tuple:

@@ -8,10 +8,9 @@ import resource
 import signal
 import socket
 import threading
-import typing
 
 import pytest
-from brokers import Inside, children, inside, until
+from brokers import Raw, children, inside, until
 from support import PAGE, descriptor_count
 
 import quire
@@ -24,63 +23,8 @@ MIB = 1 << 20
 
 
 @pytest.fixture
-def broker(tmp_path: pathlib.Path):
-    with inside(tmp_path / "broker", frame_seconds=1) as running:
-        yield running
-        assert running.audit() == []
-
-
-@pytest.fixture
-def owner(broker: Inside):
-    with quire.connect(broker.path) as connected:
-        yield connected
-
-
-class Raw:
-    """A connection without a library."""
-
-    made: typing.ClassVar[list["Raw"]] = []
-
-    def __init__(self, path: str, *, hello: bool = True) -> None:
-        Raw.made.append(self)
-        self.sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        self.sock.settimeout(10)
-        self.sock.connect(path)
-        self.frames = protocol.FrameReader()
-        if hello:
-            self.send(protocol.Hello(1, 1))
-            self.welcome = self.receive()
-
-    def send(self, message: protocol.Message, descriptors: list[int] | None = None) -> None:
-        frame = protocol.encode(message, len(descriptors or ()))
-        ancillary = (
-            [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", descriptors))] if descriptors else []
-        )
-        self.sock.sendmsg([frame], ancillary)
-
-    def receive(self) -> protocol.Message:
-        while True:
-            for payload, descriptors in self.frames.frames():
-                for descriptor in descriptors:
-                    os.close(descriptor)
-                return protocol.decode_reply(payload)
-            data, descriptors, _, _ = socket.recv_fds(self.sock, 1 << 16, 253)
-            if not data:
-                raise EOFError
-            self.frames.feed(data, descriptors)
-
-    def ask(self, message: protocol.Message, descriptors: list[int] | None = None) -> protocol.Message:
-        self.send(message, descriptors)
-        return self.receive()
-
-    def is_cut_off(self) -> bool:
-        try:
-            while True:
-                self.receive()
-        except (EOFError, ConnectionResetError):
-            return True
-        finally:
-            self.sock.close()
+def broker_settings() -> dict[str, int]:
+    return {"frame_seconds": 1}
 
 
 @pytest.fixture(autouse=True)
@@ -532,3 +476,17 @@ def test_a_user_with_many_clients_has_no_more_handles(tmp_path: pathlib.Path) ->
             owner.weaken(handle, Rights.READ)
         broker.wait(lambda world: not world.handles)
         assert broker.audit() == []
+
+
+def test_a_child_that_keeps_the_socket_does_not_keep_the_session(broker, owner) -> None:
+    with children(broker.path, 1) as (child,):
+        # The child has a copy of every descriptor that the library would close in it.
+        grandchild = child(
+            "(lambda kept: (lambda pid: pid or [signal.pause() for _ in iter(int, 1)])(os.fork()))"
+            "([os.dup(c._link._sock.fileno())])"
+        )
+        number = child("(c.memory(2**20), c.number)[1]")
+        assert owner.describe(owner.bank).used[0] == MIB
+    broker.wait(lambda world: number not in world.sessions and not world.objects)
+    assert owner.describe(owner.bank).used == [0, 0, 0]
+    os.kill(grandchild, signal.SIGKILL)

@@ -34,19 +34,6 @@ NOBODY = 65534
 
 
 @pytest.fixture
-def broker(tmp_path: pathlib.Path):
-    with inside(tmp_path / "broker") as running:
-        yield running
-        assert running.audit() == []
-
-
-@pytest.fixture
-def owner(broker: Inside):
-    with quire.connect(broker.path) as connected:
-        yield connected
-
-
-@pytest.fixture
 def quire_(broker: Inside, capsys: pytest.CaptureFixture[str]):
     """Run a command against the broker; its status, output and errors."""
 

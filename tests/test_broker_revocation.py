@@ -7,7 +7,7 @@ import threading
 
 import numpy as np
 import pytest
-from brokers import Child, Inside, children, inside
+from brokers import Child, children, inside, until
 from support import PAGE, pattern
 
 import quire
@@ -45,16 +45,8 @@ c._link.submit(protocol.Lease, dict(handle=h.number, offset=0, length=2**20, wri
 
 
 @pytest.fixture
-def broker(tmp_path: pathlib.Path):
-    with inside(tmp_path / "broker", move_ms=5000) as running:
-        yield running
-        assert running.audit() == []
-
-
-@pytest.fixture
-def owner(broker: Inside):
-    with quire.connect(broker.path) as connected:
-        yield connected
+def broker_settings() -> dict[str, int]:
+    return {"move_ms": 5000}
 
 
 @pytest.fixture
@@ -267,7 +259,7 @@ def test_writers_lose_no_byte_while_memory_is_moved(broker, owner) -> None:
 
 
 def test_a_writer_that_does_not_leave_is_cut_off_too(tmp_path: pathlib.Path) -> None:
-    with inside(tmp_path / "broker", move_ms=50) as broker, quire.connect(broker.path) as owner:
+    with inside(tmp_path / "broker", move_ms=500) as broker, quire.connect(broker.path) as owner:
         handle, _ = owner.memory(MIB)
         owner.publish(handle, "memory", Rights.READ | Rights.LEND)
         with children(broker.path, 2) as (liar, other), quire.connect(broker.path) as lender:
@@ -278,7 +270,7 @@ def test_a_writer_that_does_not_leave_is_cut_off_too(tmp_path: pathlib.Path) -> 
             with lease.writing():
                 taken = lender.revoke(lender.open("memory"), client=number)
                 assert outcomes(taken) == {number: "cut"}
-            assert lease.revoked
+            until(lambda: lease.revoked)
             assert other("int(a.sum())") == 0
         assert broker.audit() == []
 
@@ -362,3 +354,46 @@ def test_many_clients_one_revoked_politely_and_one_by_force(tmp_path: pathlib.Pa
             whole = int(lease.array("u1").sum())
             assert {child("int(a.sum())") for child in others} == {whole}
         assert broker.audit() == []
+
+
+@pytest.mark.parametrize("certain", [False, True])
+def test_who_gives_a_lease_back_and_keeps_the_mapping_is_found_out(broker, owner, memory, certain) -> None:
+    handle, lease = memory
+    with children(broker.path, 2) as (child, other):
+        number, _ = borrow(child, LIAR), borrow(other)
+        child("lease.close()")
+        assert number not in {holder.client for holder in owner.holders(handle)}
+        taken = owner.revoke(handle, client=number, deadline_ms=5000, certain=certain)
+        assert outcomes(taken) == {number: "cut"}
+        (outcome,) = taken.outcomes
+        assert "still maps" in outcome.why
+        assert other("int(a.sum())") == int(lease.array("u1").sum())
+        child.begin("a[0]")
+        assert child.process.wait(10) == -signal.SIGBUS
+        assert outcomes(owner.revoke(handle, 0, 1, deadline_ms=5000)) == {other("c.number"): "released"}
+
+
+def test_certainty_reaches_children_of_who_has_ended(broker, owner, memory) -> None:
+    handle, _ = memory
+    with children(broker.path, 1) as (child,):
+        child(INHERITED)
+        borrow(child)
+        grandchild = child(
+            "(lambda pid: pid or (lambda: [signal.pause() for _ in iter(int, 1)])())(os.fork())"
+        )
+        number = child("c.number")
+    broker.wait(lambda world: number not in world.sessions)
+    assert owner.revoke(handle, deadline_ms=5000).moved_bytes == 0
+    assert owner.revoke(handle, deadline_ms=5000, certain=True).moved_bytes == SIZE
+    maps = pathlib.Path(f"/proc/{grandchild}/maps").read_text()
+    descriptors = [
+        os.open(f"/proc/{grandchild}/map_files/{line.split()[0]}", os.O_RDONLY)
+        for line in maps.splitlines()
+        if "quire-lease" in line and os.getuid() == 0
+    ]
+    os.kill(grandchild, signal.SIGKILL)
+    assert [os.fstat(each).st_size for each in descriptors] == [0] * len(descriptors)
+    for each in descriptors:
+        os.close(each)
+    # What was moved was given to nobody since.
+    assert owner.revoke(handle, deadline_ms=5000, certain=True).moved_bytes == 0

@@ -17,6 +17,7 @@ from quire.errors import Malformed, NotImmutable
 if TYPE_CHECKING:
     from quire.broker.banks import Bank
     from quire.broker.leases import Lease
+    from quire.broker.sessions import Session
 
 __all__ = [
     "OBJECT",
@@ -196,6 +197,8 @@ class Extent:
         self.huge = False
         # In the order in which they were made.
         self.leases: dict[Lease, None] = {}
+        # The sessions that were given a descriptor of it as it is now, by number; see given.py.
+        self.given: dict[int, Session | None] = {}
 
     @property
     def start(self) -> int:

@@ -6,6 +6,7 @@ import logging
 import os
 from typing import TYPE_CHECKING
 
+from quire.broker import given
 from quire.broker.banks import Amount, Bank
 from quire.broker.leases import Lease
 from quire.broker.objects import OBJECT, Extent, Factory, Held, Layer, Memory, SnapshotObject
@@ -138,9 +139,12 @@ def _sessions(world: World, take: Callable[[str], int]) -> None:
         world.sessions[key] = session
         world.sessions_by_digest[token_digest] = session
     for name, value in entries.items():
-        if name[0] not in "hr":
+        if name[0] not in "ehr":
             continue
         owner, _, number = name[1:].partition(".")
+        if name[0] == "e":
+            given.enter(world.extents[int(owner)], int(number), world.sessions.get(int(number)))
+            continue
         session = world.sessions[int(owner)]
         if name[0] == "r":
             session.replies[int(number)] = value[0], value[1], value[2]

@@ -333,9 +333,11 @@ class Requests:
             chosen = self._world.sessions.get(message.client)
             sessions = [chosen] if chosen is not None else []
         else:
-            sessions = list(
-                dict.fromkeys(each.session for each in memory.leases if each.session is not session)
-            )
+            had = [
+                each for index in memory.within(start, stop) for each in memory.extents[index].given.values()
+            ]
+            holders = [*(lease.session for lease in memory.leases), *had]
+            sessions = [each for each in dict.fromkeys(holders) if each is not None and each is not session]
         reply = await self._revoker.revoke(
             memory,
             start,
@@ -343,6 +345,7 @@ class Requests:
             sessions,
             deadline_ms=message.deadline_ms,
             certain=message.certain,
+            everybody=not message.client,
             request=message.id,
         )
         return reply, []

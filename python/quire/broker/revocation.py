@@ -12,7 +12,7 @@ import os
 import signal
 from typing import TYPE_CHECKING
 
-from quire.broker import objects
+from quire.broker import given, objects
 from quire.broker.crashpoints import crash_point
 from quire.broker.inspection import holding
 from quire.broker.leases import MAX_PARTS
@@ -142,6 +142,7 @@ class Revoker:
         *,
         deadline_ms: int,
         certain: bool,
+        everybody: bool = False,
         request: int = 0,
     ) -> Revoked:
         """Take a range of memory back from sessions; everybody else keeps it, at the same addresses.
@@ -152,7 +153,8 @@ class Revoker:
             stop: Its end, exclusive, page aligned.
             sessions: From whom.
             deadline_ms: How long they may take to comply.
-            certain: Cut off also those that seem to have complied.
+            certain: Cut off also those that seem to have complied, and whoever had it before.
+            everybody: Whether those count too whose session has ended.
             request: The id for the reply.
 
         Returns:
@@ -176,8 +178,17 @@ class Revoker:
                 for lease in leases
             ):
                 raise QuotaExceeded(f"a lease has {MAX_PARTS} parts at most: take a larger range back")
+            had: dict[int, Session | None] = {}
+            for index in memory.within(start, stop):
+                had |= memory.extents[index].given
+            # Who has no lease any more has nothing to be asked for, but may have kept it.
+            before: dict[Session, list[Lease]] = {
+                session: [] for session in sessions if session not in targets and session.number in had
+            }
             failed = await self._request(targets, start, stop, deadline_ms)
             unseen = await self._check(memory, targets, failed, start, stop)
+            hidden: dict[Session, str] = {}
+            await self._check(memory, before, hidden, start, stop)
             outcomes = []
             for session, leases in targets.items():
                 if session not in failed:
@@ -185,14 +196,16 @@ class Revoker:
                         self._world.cut_lease(lease, start, stop)
             self._world.commit()
             crash_point("revoke:released")
+            failed |= hidden
             cut = dict(failed)
+            forced = certain and bool(before or (everybody and given.ENDED in had))
             if certain:
                 cut |= {session: "was cut off to be certain" for session in targets if session not in failed}
             moved_bytes = 0
-            kept: dict[Session, str] = {}
-            if cut:
+            kept: dict[Session | None, str] = {}
+            if cut or forced:
                 moved_bytes, kept = await self._cut_off(memory, start, stop, set(cut))
-            for session in targets:
+            for session in [*targets, *hidden]:
                 offset, length = start, stop - start
                 if session in kept:
                     result, why = "kept", kept[session]
@@ -205,6 +218,10 @@ class Revoker:
                     result, why = ("acknowledged", unseen[session]) if session in unseen else ("released", "")
                 ended = self._punish(session) if session in failed else ""
                 outcomes.append(Outcome(session.number, result, offset, length, why, ended))
+            if forced and None in kept:
+                outcomes.append(
+                    Outcome(given.ENDED, "kept", start, stop - start, f"whoever had it before: {kept[None]}")
+                )
             return Revoked(request, outcomes, moved_bytes=moved_bytes)
 
     async def _request(
@@ -269,14 +286,15 @@ class Revoker:
 
     async def _cut_off(
         self, memory: Memory, start: int, stop: int, offenders: set[Session]
-    ) -> tuple[int, dict[Session, str]]:
+    ) -> tuple[int, dict[Session | None, str]]:
         """Move everybody but the offenders off the extents that a range touches, and truncate the old ones.
 
         Returns:
-            The bytes that were copied, and the offenders from whom some could not be taken, with the reason.
+            The bytes that were copied, and the offenders from whom some could not be taken, with the reason;
+            None stands for those who are not known.
         """
         moved = 0
-        kept: dict[Session, str] = {}
+        kept: dict[Session | None, str] = {}
         for index in memory.within(start, stop):
             extent = memory.extents[index]
             try:
@@ -284,7 +302,7 @@ class Revoker:
             except (QuotaExceeded, OSError, NotImmutable) as error:
                 if memory.dead:
                     break
-                kept |= dict.fromkeys(offenders, f"the others could not be moved: {error}")
+                kept |= dict.fromkeys([*offenders, None], f"the others could not be moved: {error}")
         return moved, kept
 
     def _payer(self, extent: Extent, offenders: set[Session]) -> Bank:
@@ -339,6 +357,7 @@ class Revoker:
         self._world.put_extent(extent)
         self._world.journal.put(f"v{extent.serial}", extent.generation - 1)
         self._cut_leases(extent, offenders | set(stalled))
+        given.renew(self._world.journal, extent)
         self._world.commit()
         crash_point("move:decided")
         await self.finish_move(extent, old, old_key)

@@ -493,6 +493,9 @@ class Server:
             session.port.drop("it has connected again")
         self._forget_pidfd(session)
         session.pidfd = connection.pidfd
+        if session.pidfd >= 0:
+            # A child of it may have the socket, which is then not closed by its end.
+            asyncio.get_running_loop().add_reader(session.pidfd, connection.drop, "")
         session.port = connection
         connection.session = session
         self.counters.requests["hello"] += 1

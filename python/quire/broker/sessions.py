@@ -78,6 +78,8 @@ class Session:
         self.pidfd = -1
         # What it made, sealed against being taken back, and lost: stays charged until its process has ended.
         self.stuck: list[Extent] = []
+        # What it was given a descriptor of, and may still have.
+        self.given: set[Extent] = set()
 
     def grip(self, handle: int, rights: Rights, kind: str = "") -> Target:
         """Look a handle up.

@@ -13,6 +13,7 @@ import itertools
 import os
 from typing import TYPE_CHECKING, Any
 
+from quire.broker import given
 from quire.broker.banks import Amount, Bank
 from quire.broker.crashpoints import crash_point
 from quire.broker.leases import Lease
@@ -246,6 +247,7 @@ class World:
         for extent in session.stuck:
             self.free_stuck(extent)
         session.stuck = []
+        given.outlives(self.journal, session)
         for slot in session.replies:
             self.journal.put(f"r{session.number}.{slot}", None)
         self.sessions.pop(session.number, None)
@@ -337,6 +339,7 @@ class World:
         for lease in list(memory.leases):
             self.cut_lease(lease, 0, memory.padded_bytes)
         for extent in memory.extents:
+            given.forget(self.journal, extent)
             self.journal.put(f"x{extent.serial}", None)
             del self.extents[extent.serial]
             self.readers.drop(extent.serial)
@@ -378,6 +381,8 @@ class World:
         lease = Lease(self.number(), memory, session, [(start, stop)], write)
         session.leases[lease.number] = lease
         self.leases[lease.number] = lease
+        for extent in lease.extents():
+            given.lent(self.journal, extent, session)
         self.put_lease(lease)
         return lease
 
