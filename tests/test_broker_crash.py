@@ -1,9 +1,11 @@
 """The broker is killed at every step of every message, and nobody loses anything."""
 
+import contextlib
 import os
 import pathlib
 import signal
 import struct
+import textwrap
 import zlib
 from collections.abc import Callable
 
@@ -11,7 +13,7 @@ import numpy as np
 import psutil
 import pytest
 from brokers import Child, children, daemon, until
-from support import PAGE, pattern
+from support import PAGE, pattern, run_script
 from test_broker_revocation import LIAR, outcomes
 
 import quire
@@ -234,3 +236,126 @@ def test_of_two_journals_the_newer_counts() -> None:
     journal = Journal(Keeper(None), {"journal.9": one(9), "journal.10": one(10)})
     assert journal.entries == {"key": 10}
     journal.close()
+
+
+# The guardian
+
+
+def memfds(process: int) -> int:
+    """How many memfds of the broker a process has open."""
+    count = 0
+    for name in os.listdir(f"/proc/{process}/fd"):
+        with contextlib.suppress(FileNotFoundError):
+            count += "/memfd:quire" in os.readlink(f"/proc/{process}/fd/{name}")
+    return count
+
+
+def next_guardian(broker: int) -> int:
+    """Wait until a broker has started another guardian, and given it everything."""
+    found: list[int] = []
+
+    def given() -> bool:
+        found[:] = [each.pid for each in psutil.Process(broker).children()]
+        return bool(found) and memfds(found[0]) == memfds(broker)
+
+    until(given)
+    return found[0]
+
+
+def only_child(process: int) -> int:
+    """Wait until a process has a child."""
+    found: list[psutil.Process] = []
+    until(lambda: found.extend(psutil.Process(process).children()) or found)
+    return found[0].pid
+
+
+def kill(*processes: int) -> None:
+    """Kill processes at the same moment."""
+    for number in (signal.SIGSTOP, signal.SIGKILL):
+        for process in processes:
+            os.kill(process, number)
+
+
+def test_a_guardian_that_is_killed_is_replaced_and_nothing_is_lost(tmp_path: pathlib.Path) -> None:
+    path = tmp_path / "broker"
+    with daemon(path, "--limit", "64M") as process, quire.connect(path, timeout=60) as c:
+        guardian, broker = process.pid, only_child(process.pid)
+        handle, lease = c.memory(2 * MIB, extent_bytes=MIB)
+        with lease.writing() as rw:
+            rw[:] = pattern(2 * MIB, 3)
+        c.publish(handle, "memory")
+        with quire.Segment.from_buffer(pattern(8 * PAGE, 4)) as segment, segment.snapshot() as snapshot:
+            deposited = c.deposit(snapshot)
+        token = c.export_fd(deposited, Rights.READ)
+        try:
+            for _ in range(3):
+                kill(guardian)
+                if guardian == process.pid:
+                    process.wait()
+                # What is made meanwhile is handed over as well.
+                made = c.memory(MIB)[0]
+                guardian = next_guardian(broker)
+                used = c.describe(c.bank).used
+                kill(broker)
+                broker = only_child(guardian)
+                assert c.describe(c.bank).used == used
+                c.destroy(made)
+                assert np.array_equal(c.lease(c.open("memory")).array("u1"), pattern(2 * MIB, 3))
+                assert np.array_equal(lease.array("u1"), pattern(2 * MIB, 3))
+                with c.fetch(c.import_fd(token)) as fetched, fetched.map() as mapping:
+                    assert mapping[:] == pattern(8 * PAGE, 4).tobytes()
+        finally:
+            os.close(token)
+            c.close()
+            os.kill(guardian, signal.SIGTERM)
+            until(lambda: not psutil.pid_exists(broker) and not psutil.pid_exists(guardian))
+    assert not path.exists()
+
+
+def test_a_broker_whose_guardian_was_replaced_is_ended_by_a_signal(tmp_path: pathlib.Path) -> None:
+    path = tmp_path / "broker"
+    with daemon(path) as process:
+        broker = only_child(process.pid)
+        process.kill()
+        process.wait()
+        guardian = next_guardian(broker)
+        os.kill(broker, signal.SIGTERM)
+        until(lambda: not psutil.pid_exists(broker) and not psutil.pid_exists(guardian))
+    assert not path.exists()
+
+
+def test_broker_and_guardian_killed_at_once_leave_clients_what_they_map(tmp_path: pathlib.Path) -> None:
+    path = tmp_path / "broker"
+    with daemon(path) as process:
+        c = quire.connect(path, timeout=5)
+        handle, lease = c.memory(MIB)
+        with lease.writing() as rw:
+            rw[5] = 55
+        kill(process.pid, only_child(process.pid))
+        array = lease.array("u1")
+        assert array[5] == 55
+        with pytest.raises(quire.Revoked, match="broker"):
+            c.describe(handle)
+        assert array[5] == 55
+    # The file of the socket is left; the next broker takes its place, and has nothing.
+    left = path.stat().st_ino
+    with daemon(path):
+        until(lambda: path.stat().st_ino != left)
+        c = quire.connect(path)
+        assert c.describe(c.bank).used == [0, 0, 0]
+        c.close()
+    assert array[5] == 55
+
+
+def test_a_broker_that_dies_again_and_again_by_itself_is_given_up() -> None:
+    script = """
+        import os, socket, sys
+        from quire.broker.guardian import Guardian
+        lines = []
+        dies = [sys.executable, "-c", "import os; os.kill(os.getpid(), 6)"]
+        with socket.socket(socket.AF_UNIX) as listener:
+            status = Guardian(listener, dies, lines.append).run()
+        print(status, len(lines), lines[-1])
+    """
+    printed = run_script(textwrap.dedent(script))
+    assert printed.strip() == "1 6 crashed 5 times in a row"

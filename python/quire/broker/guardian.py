@@ -1,7 +1,8 @@
 """The guardian: starts the broker, keeps its descriptors, and starts it again when it was killed.
 
 It does for a broker what systemd does with ``FileDescriptorStoreMax=`` and ``Restart=``, and it is small: it
-looks into nothing that it keeps.
+looks into nothing that it keeps. A broker whose guardian was killed starts another one, as ``python -m
+quire.broker.guardian``, which adopts it; see ``guarding.py``.
 """
 
 from __future__ import annotations
@@ -13,14 +14,19 @@ import select
 import signal
 import socket
 import struct
+import sys
 from typing import TYPE_CHECKING
 
+from quire.broker import events
 from quire.broker.ancillary import ROOM_BYTES, received
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-__all__ = ["Guardian"]
+__all__ = ["GUARDIAN", "Guardian", "main"]
+
+GUARDIAN = "QUIRE_BROKER_GUARDIAN"
+"""The environment variable that tells a broker the process of its guardian."""
 
 _MAX_FAILURES = 5
 _FIRST = 3
@@ -54,10 +60,18 @@ class Guardian:
         self._stopping = False
         self._was_ready = False
 
-    def run(self) -> int:
+    @property
+    def address(self) -> str:
+        """Where a broker sends its notices."""
+        return self._address
+
+    def run(self, adopted: int = 0) -> int:
         """Run until the broker ends by itself, or a signal asks for the end.
 
         Blocks. SIGTERM and SIGINT are passed to the broker.
+
+        Args:
+            adopted: The process of a broker that runs already and has started this one; 0 is none.
 
         Returns:
             The broker's exit status; 1 if it crashed too often in a row.
@@ -66,7 +80,8 @@ class Guardian:
             signal.signal(number, self._stop)
         failures = 0
         while True:
-            status = self._run_one()
+            status = self._adopt(adopted) if adopted else self._run_one()
+            adopted = 0
             if os.WIFEXITED(status) or self._stopping:
                 return os.waitstatus_to_exitcode(status) if os.WIFEXITED(status) else 0
             # SIGKILL is somebody else's doing; what dies by itself, or at its start, may do so for ever.
@@ -91,7 +106,27 @@ class Guardian:
                 self._become_broker()
             finally:
                 os._exit(127)
-        pidfd = os.pidfd_open(self._child)
+        self._attend(os.pidfd_open(self._child))
+        _, status = os.waitpid(self._child, 0)
+        self._child = 0
+        return status
+
+    def _adopt(self, broker: int) -> int:
+        """Serve a broker that is no child until it ends; return what may stand for its wait status."""
+        self._child = broker
+        pidfd = os.pidfd_open(broker) if os.getppid() == broker else -1
+        if pidfd >= 0 and os.getppid() == broker:
+            self._attend(pidfd)
+        self._child = 0
+        if not self._was_ready:
+            # It ended before it had handed everything over, and with less no broker could go on.
+            for descriptor in self._kept.values():
+                os.close(descriptor)
+            self._kept.clear()
+        return 0 if self._stopping else signal.SIGKILL
+
+    def _attend(self, pidfd: int) -> None:
+        """Take the notices of a broker until it has ended; the pidfd is closed."""
         try:
             poller = select.poll()
             poller.register(pidfd, select.POLLIN)
@@ -102,9 +137,6 @@ class Guardian:
             os.close(pidfd)
         # What it sent before it died counts.
         self._take_notices()
-        _, status = os.waitpid(self._child, 0)
-        self._child = 0
-        return status
 
     def _become_broker(self) -> None:
         """In the child: put the descriptors where sd_listen_fds(3) says, and execute."""
@@ -122,6 +154,7 @@ class Guardian:
         environment["LISTEN_FDS"] = str(len(given))
         environment["LISTEN_FDNAMES"] = ":".join(name for name, _ in given)
         environment["NOTIFY_SOCKET"] = self._address
+        environment[GUARDIAN] = str(os.getppid())
         os.execve(self._argv[0], self._argv, environment)  # noqa: S606 - the broker's own command line
 
     def _take_notices(self) -> None:
@@ -154,7 +187,38 @@ class Guardian:
             self._kept[name] = descriptors.pop(0)
         elif fields.get("READY") == "1":
             self._was_ready = True
+        elif fields.get("STOPPING") == "1":
+            self._stopping = True
         elif fields.get("FDSTOREREMOVE") == "1":
             old = self._kept.pop(name, -1)
             if old >= 0:
                 os.close(old)
+
+
+def main(arguments: list[str]) -> int:
+    """Adopt the broker that has started this process; see `quire.broker.guarding`.
+
+    Args:
+        arguments: The descriptor of the listening socket, one on which to tell the address for notices, the
+            socket's path, the form of the log, and the broker's command line.
+
+    Returns:
+        The broker's exit status.
+    """
+    listener = socket.socket(fileno=int(arguments[0]))
+    path, form, argv = arguments[2], arguments[3], arguments[4:]
+    guardian = Guardian(listener, argv, lambda event: events.tell(sys.stderr.fileno(), form, event))
+    broker = os.getppid()
+    os.set_inheritable(listener.fileno(), False)
+    with open(int(arguments[1]), "w", encoding="ascii") as report:
+        report.write(guardian.address)
+    try:
+        return guardian.run(adopted=broker)
+    finally:
+        # Nobody else can have bound the path.
+        os.unlink(path)
+        listener.close()
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

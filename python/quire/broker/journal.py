@@ -73,8 +73,8 @@ class Journal:
                 raise Malformed("the journal that was kept is damaged from its start")
             self._base = self._at
             for _, name in kept[:-1]:
-                os.close(found.pop(name))
                 keeper.forget(name)
+                os.close(found.pop(name))
         else:
             self._number, self._descriptor = 0, -1
             self._at = self._base = 0

@@ -100,8 +100,8 @@ def restore(world: World, found: dict[str, int]) -> dict[Extent, tuple[int, str]
                 os.ftruncate(descriptor, 0)
             except PermissionError:
                 _log.warning("memory that was being ended cannot be truncated: its maker has sealed it")
-        os.close(descriptor)
         world.keeper.forget(name)
+        os.close(descriptor)
     return moving
 
 

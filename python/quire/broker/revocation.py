@@ -410,8 +410,7 @@ class Revoker:
                 damaged = True
         await asyncio.to_thread(os.ftruncate, old, 0)
         crash_point("move:truncated")
-        os.close(old)
-        self._world.drop_move(extent, old_key)
+        self._world.drop_move(extent, old_key, old)
         self._world.commit()
         crash_point("move:finished")
         if damaged:

@@ -15,11 +15,12 @@ import sys
 from collections import Counter, deque
 from typing import TYPE_CHECKING, Any
 
-from quire.broker import events, protocol
+from quire.broker import events, guardian, protocol
 from quire.broker.banks import UNLIMITED, Amount
 from quire.broker.connection import Connection, Limits, discard
 from quire.broker.crashpoints import crash_point
 from quire.broker.factory import Announcer
+from quire.broker.guarding import Guarding
 from quire.broker.journal import Journal
 from quire.broker.keeper import Keeper, inherited
 from quire.broker.metrics import Counters, exporting
@@ -319,8 +320,7 @@ class Server:
                     await asyncio.wait_for(self._came_back.wait(), max(0.0, end - loop.time()))
             if extent.memory.dead and extent.serial not in self.world.extents:
                 os.ftruncate(old, 0)
-                os.close(old)
-                self.world.drop_move(extent, key)
+                self.world.drop_move(extent, key, old)
                 self.world.commit()
                 return
             await self.revoker.finish_move(extent, old, key)
@@ -544,12 +544,14 @@ def serve(path: str | None, config: Config) -> int:
         if path is None:
             raise ValueError("no socket: give --socket PATH, or start it by socket activation")
         listener = listen(path)
-    keeper = Keeper(os.environ.pop("NOTIFY_SOCKET", None))
+    guardian_pid = int(os.environ.pop(guardian.GUARDIAN, "0"))
+    keeper = Keeper(os.environ.pop("NOTIFY_SOCKET", None), found, replaceable=bool(guardian_pid))
+    guarding = Guarding(keeper, listener, path or "", config.log_format) if guardian_pid else None
     # Threads look through /proc of clients; the loop must not wait for one of them for as long as 5 ms.
     sys.setswitchinterval(_SWITCH_SECONDS)
     writer = events.start(sys.stderr.fileno(), form=config.log_format, level=config.log_level)
     try:
-        return asyncio.run(_main(listener, config, keeper, found))
+        return asyncio.run(_main(listener, config, keeper, found, guarding, guardian_pid))
     finally:
         writer.stop()
 
@@ -599,7 +601,14 @@ def _is_listener(descriptor: int) -> bool:
         return False
 
 
-async def _main(listener: socket.socket, config: Config, keeper: Keeper, found: dict[str, int]) -> int:
+async def _main(
+    listener: socket.socket,
+    config: Config,
+    keeper: Keeper,
+    found: dict[str, int],
+    guarding: Guarding | None,
+    guardian_pid: int,
+) -> int:
     server = Server(listener, config, keeper, found)
     end = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -607,6 +616,11 @@ async def _main(listener: socket.socket, config: Config, keeper: Keeper, found: 
     async with exporting(config.metrics, server.world, server.counters):
         server.start()
         keeper.ready()
+        if guarding is not None:
+            guarding.watch(guardian_pid)
         await end.wait()
+        keeper.stopping()
+        if guarding is not None:
+            await guarding.close()
         await server.close()
     return 0

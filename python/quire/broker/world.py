@@ -100,7 +100,7 @@ class World:
         self.leases: dict[int, Lease] = {}
         self.readers = Readers()
         self.last = 0
-        self._forgotten: list[str] = []
+        self._forgotten: list[tuple[str, int]] = []
         # What follows is set by the server: how to end memory, and whom to tell of versions.
         self.reclaim: Callable[[Memory], object] = self.free_memory
         self.announce: Callable[[Factory], object] = repr
@@ -120,11 +120,14 @@ class World:
         self.journal.commit()
         while self._forgotten:
             crash_point("commit:forgetting")
-            self.keeper.forget(self._forgotten[0])
+            key, descriptor = self._forgotten[0]
+            self.keeper.forget(key)
+            # Not before: what is kept may have to be handed to another keeper.
+            os.close(descriptor)
             del self._forgotten[0]
 
-    def _forget(self, key: str) -> None:
-        self._forgotten.append(key)
+    def _forget(self, key: str, descriptor: int) -> None:
+        self._forgotten.append((key, descriptor))
 
     # Banks
 
@@ -322,10 +325,10 @@ class World:
         """Write it to the journal."""
         self.journal.put(f"x{extent.serial}", [extent.memory.number, extent.index, extent.generation])
 
-    def drop_move(self, extent: Extent, key: str) -> None:
-        """A move is over: what the extent was before is kept no more."""
+    def drop_move(self, extent: Extent, key: str, descriptor: int) -> None:
+        """A move is over: what the extent was before is kept no more, and closed."""
         self.journal.put(f"v{extent.serial}", None)
-        self._forget(key)
+        self._forget(key, descriptor)
 
     def free_memory(self, memory: Memory) -> int:
         """Cut memory off from everybody and give it back; return the bytes.
@@ -349,8 +352,7 @@ class World:
             except PermissionError:
                 stuck.append(extent)
             else:
-                os.close(extent.descriptor)
-                self._forget(extent.key)
+                self._forget(extent.key, extent.descriptor)
         self.objects.pop(memory.number, None)
         self.journal.put(f"o{memory.number}", None)
         self.unname(memory)
@@ -370,8 +372,7 @@ class World:
 
     def free_stuck(self, extent: Extent) -> None:
         """Give up what could not be truncated; its maker has ended."""
-        os.close(extent.descriptor)
-        self._forget(extent.key)
+        self._forget(extent.key, extent.descriptor)
         self.journal.put(f"z{extent.serial}", None)
         extent.memory.bank.discharge(extent.cost)
         self.settle(extent.memory.bank)
@@ -517,8 +518,7 @@ class World:
         del self.layers[layer.number]
         del self.layers_by_identity[layer.identity]
         self.journal.put(f"y{layer.number}", None)
-        os.close(layer.descriptor)
-        self._forget(layer.key)
+        self._forget(layer.key, layer.descriptor)
 
     # Factories
 
@@ -631,8 +631,7 @@ class World:
         del self.tokens_by_identity[token.identity]
         token.target.tokens.pop(token, None)
         self.journal.put(f"t{token.number}", None)
-        os.close(token.descriptor)
-        self._forget(f"t{token.number}")
+        self._forget(f"t{token.number}", token.descriptor)
         token.bank.discharge(Amount(0, 1, 1))
         if not token.target.dead:
             self.unrefer(token.target)
