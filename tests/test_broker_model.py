@@ -10,9 +10,12 @@ from hypothesis import strategies as st
 import quire
 from quire.broker.banks import NOTHING, UNLIMITED, Amount, Bank
 
+# Every step looks at the maps of all processes and at every byte.
+pytestmark = pytest.mark.timeout(400)
+
 TestModel = Machine.TestCase
 TestModel.settings = hypothesis.settings(
-    max_examples=20,
+    max_examples=15,
     stateful_step_count=30,
     deadline=None,
     suppress_health_check=list(hypothesis.HealthCheck),
