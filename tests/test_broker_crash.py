@@ -241,13 +241,15 @@ def test_of_two_journals_the_newer_counts() -> None:
 # The guardian
 
 
-def memfds(process: int) -> int:
-    """How many memfds of the broker a process has open."""
-    count = 0
+def memfds(process: int) -> set[int]:
+    """The broker's memfds that a process has open."""
+    found = set()
     for name in os.listdir(f"/proc/{process}/fd"):
         with contextlib.suppress(FileNotFoundError):
-            count += "/memfd:quire" in os.readlink(f"/proc/{process}/fd/{name}")
-    return count
+            path = f"/proc/{process}/fd/{name}"
+            if "/memfd:quire" in os.readlink(path):
+                found.add(os.stat(path).st_ino)
+    return found
 
 
 def next_guardian(broker: int) -> int:
