@@ -201,7 +201,7 @@ def test_the_broker_is_started_by_its_socket_and_goes_on_after_it_was_killed(mac
             c.destroy(handle)
             c.destroy(deposited)
             print(show("NFileDescriptorStore"), c.describe(c.bank).used)
-            subprocess.run(["systemctl", "stop", "quire-broker.service"], check=True)
-            print(show("ActiveState"), show("Result"))
+        subprocess.run(["systemctl", "stop", "quire-broker.service"], check=True)
+        print(show("ActiveState"), show("Result"))
     """)
     assert printed.splitlines() == ["active quire True", "1 [0, 0, 0]", "inactive success"]
