@@ -583,3 +583,26 @@ def test_the_example_lends_and_takes_back(tmp_path) -> None:
     assert lines[0] == "the script sees 65536.0"
     assert re.fullmatch(r"client \d+: (released|acknowledged)", lines[1])
     assert lines[2:] == ["the script has it no more", "the owner still sees 65536.0"]
+
+
+def test_the_example_of_the_readme_runs_as_it_is(tmp_path: pathlib.Path) -> None:
+    """In an empty folder, with an empty environment."""
+    readme = (pathlib.Path(__file__).resolve().parents[1] / "README.md").read_text()
+    section = readme.partition("Lending an array to a script that nobody trusts")[2]
+    script = section.partition("```python\n")[2].partition("```")[0]
+    with daemon(tmp_path / "broker.sock", "--limit", "64M"):
+        done = subprocess.run(
+            [sys.executable, "-c", script],
+            cwd=tmp_path,
+            env={},
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=60,
+        )
+    assert (done.returncode, done.stderr) == (0, "")
+    first, holders, outcomes, last = done.stdout.splitlines()
+    assert first == "b'65536.0\\n'"
+    assert holders.count("Holder(") == 2
+    assert "result='released'" in outcomes
+    assert last == "65536.0"
