@@ -1,9 +1,9 @@
 """Huge pages in memory files, and page tables that are filled without a fault.
 
 A gigabyte in pages of 4 KiB has 262,144 page table entries in each process that maps it; in huge pages of
-2 MiB it has 512. The kernel makes huge pages of a memory file when it is asked to (``MADV_COLLAPSE``),
-whatever its settings say of other memory. Everything here is for speed: where the kernel cannot do it, or has
-no 2 MiB in one piece, pages stay small and the rest works as it does with them.
+2 MiB it has 512. The kernel makes huge pages of a memory file when it is asked to (``MADV_COLLAPSE``), also
+where its settings say that memory files get none (``never``). Everything here is for speed: where the kernel
+cannot do it, or has no 2 MiB in one piece, pages stay small and the rest works as it does with them.
 """
 
 from __future__ import annotations
@@ -38,7 +38,8 @@ def _huge_bytes() -> int:
     """Size of the huge pages that the kernel makes of small ones; where it makes none, 0."""
     try:
         return int(Path("/sys/kernel/mm/transparent_hugepage/hpage_pmd_size").read_text())
-    except FileNotFoundError:
+    except OSError:
+        # It has none, or this process does not see /sys: pages stay small.
         return 0
 
 
