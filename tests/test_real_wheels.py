@@ -17,6 +17,7 @@ PROJECTS = {
     "pandas": ("numpy", "python-dateutil", "six"),
     "lxml": (),
     "orjson": (),
+    "pillow": (),
     "pydantic-core": ("typing-extensions",),
     "pytest": ("iniconfig", "packaging", "pluggy", "pygments"),
 }
@@ -71,6 +72,21 @@ assert pickle.loads(pickle.dumps(np.add)) is np.add
 assert importlib.metadata.version("numpy") == np.__version__
 """,
         *wheels["numpy"],
+        code_cache=CODE_CACHE,
+    )
+
+
+def test_libraries_that_need_each_other(wheels: Wheels) -> None:
+    isolated(
+        """
+import quire.wheels
+from PIL import ImageFont
+assert ImageFont.load_default(12).getlength("quire") > 10
+known = quire.wheels.stats().items()
+whole = {name.rpartition("/")[2].partition("-")[0]: stats.whole for name, stats in known}
+assert whole["libfreetype"] == whole["libharfbuzz"] == "", whole
+""",
+        *wheels["pillow"],
         code_cache=CODE_CACHE,
     )
 
