@@ -19,7 +19,11 @@ ROOT = pathlib.Path(__file__).resolve().parents[1]
 UNITS = ROOT / "examples" / "systemd"
 SYSTEMD = "/lib/systemd/systemd"
 
-ENTER = 'exec unshare --mount --pid --fork --kill-child --uts --ipc --cgroup bash -c "$0"'
+# It ends with this process, however that ends.
+ENTER = (
+    "exec setpriv --pdeathsig KILL "
+    'unshare --mount --pid --fork --kill-child --uts --ipc --cgroup bash -c "$0"'
+)
 # In a mount namespace: a system of its own as far as systemd looks at it.
 BEGIN = """
 set -e
