@@ -7,21 +7,19 @@ from __future__ import annotations
 
 import asyncio
 import os
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Concatenate
 
 from quire.broker.borrowed import Borrowed, Lease
 from quire.broker.lending import copy_region
 from quire.broker.link import Link
-from quire.broker.operations import Handle, Operations, Survey, Taken
-from quire.broker.protocol import Rights
+from quire.broker.operations import Handle, Operations, present
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Iterable
+    from collections.abc import AsyncIterator, Callable, Coroutine
     from types import TracebackType
     from typing import Self
 
-    from quire.broker.operations import Result, Steps
-    from quire.broker.protocol import Description, Holder
+    from quire.broker.operations import Arguments, Result, Steps
     from quire.region import Region
     from quire.snapshot import Snapshot
 
@@ -45,6 +43,18 @@ async def connect(path: str | os.PathLike[str], *, timeout: float = 10.0) -> Cli
     return Client(borrowed, link)
 
 
+def _awaited(
+    operation: Callable[Concatenate[Operations, Arguments], Steps[Result]],
+) -> Callable[Concatenate[Client, Arguments], Coroutine[Any, Any, Result]]:
+    """Make the method that carries an operation out."""
+
+    async def method(self: Client, /, *args: Arguments.args, **kwargs: Arguments.kwargs) -> Result:
+        return await self._run(operation(self._operations, *args, **kwargs))
+
+    present(method, operation, __name__)
+    return method
+
+
 class Client:
     """A connection to a broker, for one event loop.
 
@@ -56,7 +66,7 @@ class Client:
     def __init__(self, borrowed: Borrowed, link: Link) -> None:
         """Take a link over."""
         self._borrowed = borrowed
-        self._operations = Operations(borrowed)
+        self._operations = Operations(borrowed, link)
         self._link = link
         self._loop = asyncio.get_running_loop()
         self._versions: dict[int, asyncio.Queue[int]] = {}
@@ -85,62 +95,21 @@ class Client:
     @property
     def bank(self) -> Handle:
         """The bank of this user."""
-        return Handle(self._link.welcome.bank, Rights.READ | Rights.WRITE | Rights.PUBLISH)
+        return self._operations.bank
 
     @property
     def number(self) -> int:
         """What the broker calls this client."""
         return self._link.welcome.client
 
-    async def ping(self) -> None:
-        """Wait for an answer to nothing."""
-        await self._run(self._operations.ping())
-
-    async def make_bank(
-        self,
-        limit_bytes: int,
-        *,
-        parent: Handle | None = None,
-        limit_objects: int = 1 << 20,
-        limit_descriptors: int = 1 << 20,
-    ) -> Handle:
-        """Open a bank below another."""
-        steps = self._operations.make_bank(parent or self.bank, limit_bytes, limit_objects, limit_descriptors)
-        return await self._run(steps)
-
-    async def limit_bank(
-        self,
-        bank: Handle,
-        limit_bytes: int,
-        *,
-        limit_objects: int = 1 << 20,
-        limit_descriptors: int = 1 << 20,
-    ) -> None:
-        """Change the limits of a bank."""
-        steps = self._operations.limit_bank(bank, limit_bytes, limit_objects, limit_descriptors)
-        await self._run(steps)
-
-    async def survey(self) -> Survey:
-        """List every client, bank, object and lease; for administrators."""
-        return await self._run(self._operations.survey())
-
-    async def administer(self, number: int) -> Handle:
-        """Make a handle of anything that `survey` lists; for administrators."""
-        return await self._run(self._operations.administer(number))
-
-    async def describe(self, handle: Handle) -> Description:
-        """Tell what a handle stands for."""
-        return await self._run(self._operations.describe(handle))
-
-    async def make(
-        self, size_bytes: int, *, bank: Handle | None = None, extent_bytes: int = 0, shared: bool = False
-    ) -> Handle:
-        """Make zero-filled memory to be lent."""
-        return await self._run(self._operations.make(bank or self.bank, size_bytes, extent_bytes, shared))
-
-    async def seal(self, handle: Handle) -> None:
-        """Fix who can write."""
-        await self._run(self._operations.seal(handle))
+    ping = _awaited(Operations.ping)
+    make_bank = _awaited(Operations.make_bank)
+    limit_bank = _awaited(Operations.limit_bank)
+    survey = _awaited(Operations.survey)
+    administer = _awaited(Operations.administer)
+    describe = _awaited(Operations.describe)
+    make = _awaited(Operations.make)
+    seal = _awaited(Operations.seal)
 
     async def memory(
         self, size_bytes: int, *, bank: Handle | None = None, extent_bytes: int = 0
@@ -178,57 +147,20 @@ class Client:
             raise
         return handle
 
-    async def lease(
-        self, handle: Handle, offset: int = 0, length: int | None = None, write: bool = False
-    ) -> Lease:
-        """Have memory lent and mapped. ``close`` of a lease blocks for a round trip; use `give_back`."""
-        return await self._run(self._operations.lease(handle, offset, length, write))
+    lease = _awaited(Operations.lease)
 
     async def give_back(self, lease: Lease) -> None:
         """Close a lease without blocking the loop."""
         await asyncio.to_thread(lease.close)
 
-    async def holders(self, handle: Handle) -> list[Holder]:
-        """Tell who holds leases of memory."""
-        return await self._run(self._operations.holders(handle))
-
-    async def revoke(
-        self,
-        handle: Handle,
-        offset: int = 0,
-        length: int | None = None,
-        *,
-        client: int | None = None,
-        deadline_ms: int = 100,
-        certain: bool = False,
-    ) -> Taken:
-        """Take memory back."""
-        steps = self._operations.revoke(handle, offset, length, client, deadline_ms, certain)
-        return await self._run(steps)
-
-    async def deposit(self, snapshot: Snapshot, *, bank: Handle | None = None) -> Handle:
-        """Leave a snapshot with the broker."""
-        return await self._run(self._operations.deposit(snapshot, bank or self.bank))
-
-    async def fetch(self, handle: Handle) -> Snapshot:
-        """Get a snapshot, verified."""
-        return await self._run(self._operations.fetch(handle))
-
-    async def grant(self, handle: Handle, *, bank: Handle | None = None) -> tuple[Handle, Snapshot]:
-        """Take a snapshot over."""
-        return await self._run(self._operations.grant(handle, bank or self.bank))
-
-    async def make_factory(self, *, bank: Handle | None = None) -> Handle:
-        """Make a snapshot factory."""
-        return await self._run(self._operations.make_factory(bank or self.bank))
-
-    async def put(self, factory: Handle, snapshot: Snapshot, *, bank: Handle | None = None) -> int:
-        """Make a snapshot the factory's current version."""
-        return await self._run(self._operations.put(factory, snapshot, bank or self.bank))
-
-    async def current(self, factory: Handle) -> tuple[int, Handle, Snapshot]:
-        """Get the factory's current version."""
-        return await self._run(self._operations.current(factory))
+    holders = _awaited(Operations.holders)
+    revoke = _awaited(Operations.revoke)
+    deposit = _awaited(Operations.deposit)
+    fetch = _awaited(Operations.fetch)
+    grant = _awaited(Operations.grant)
+    make_factory = _awaited(Operations.make_factory)
+    put = _awaited(Operations.put)
+    current = _awaited(Operations.current)
 
     async def versions(self, factory: Handle) -> AsyncIterator[tuple[int, Handle, Snapshot]]:
         """Iterate over the factory's versions as they come, the present one first; who is slow skips some.
@@ -260,41 +192,14 @@ class Client:
         if told is not None:
             self._loop.call_soon_threadsafe(told.put_nowait, version)
 
-    async def publish(
-        self, handle: Handle, name: str, rights: Rights = Rights.READ, users: Iterable[int] | None = None
-    ) -> None:
-        """Give an object a name."""
-        await self._run(
-            self._operations.publish(handle, name, rights, None if users is None else list(users))
-        )
-
-    async def unpublish(self, handle: Handle, name: str) -> None:
-        """Withdraw a name."""
-        await self._run(self._operations.unpublish(handle, name))
-
-    async def open(self, name: str) -> Handle:
-        """Get a handle of what was published under a name."""
-        return await self._run(self._operations.open(name))
-
-    async def weaken(self, handle: Handle, rights: Rights) -> Handle:
-        """Make a second handle with fewer rights."""
-        return await self._run(self._operations.weaken(handle, rights))
-
-    async def export_fd(self, handle: Handle, rights: Rights) -> int:
-        """Make a descriptor that stands for the object."""
-        return await self._run(self._operations.export(handle, rights))
-
-    async def import_fd(self, descriptor: int) -> Handle:
-        """Make a handle of a descriptor that another client exported."""
-        return await self._run(self._operations.import_(descriptor))
-
-    async def close_handle(self, handle: Handle) -> None:
-        """Give a handle up."""
-        await self._run(self._operations.close(handle))
-
-    async def destroy(self, handle: Handle, *, deadline_ms: int = 100) -> Taken:
-        """End an object, or a bank with everything that it pays for."""
-        return await self._run(self._operations.destroy(handle, deadline_ms))
+    publish = _awaited(Operations.publish)
+    unpublish = _awaited(Operations.unpublish)
+    open = _awaited(Operations.open)
+    weaken = _awaited(Operations.weaken)
+    export_fd = _awaited(Operations.export_fd)
+    import_fd = _awaited(Operations.import_fd)
+    close_handle = _awaited(Operations.close_handle)
+    destroy = _awaited(Operations.destroy)
 
     async def close(self) -> None:
         """Give everything back and end the connection. Idempotent."""
