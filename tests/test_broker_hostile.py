@@ -149,6 +149,18 @@ def test_a_rate_counts_what_requests_cost() -> None:
     assert rate.take(101, 0) == pytest.approx(0.001), "no more than a tenth of a second's is saved"
 
 
+def test_a_long_list_of_holders_is_made_in_several_turns(broker, owner) -> None:
+    handle, own = owner.memory(PAGE)
+    leases = [owner.lease(handle) for _ in range(100)]
+    listed = owner.holders(handle)
+    assert len(listed) == 101
+    assert all((row.client, row.offset, row.length) == (owner.number, 0, PAGE) for row in listed)
+    assert [row.write for row in listed] == [True] + [False] * 100
+    for lease in (own, *leases):
+        lease.close()
+    assert owner.holders(handle) == []
+
+
 def test_penalties_grow_and_are_forgotten() -> None:
     now = [100.0]
     penalties = Penalties(lambda: now[0])

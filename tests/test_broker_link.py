@@ -230,3 +230,5 @@ def test_closing_while_another_thread_waits(broker) -> None:
         assert not thread.is_alive()
         assert len(raised) == 1
         os.kill(child.pid, signal.SIGCONT)
+        # While memory is moved both copies are charged.
+        broker.wait(lambda _world: not broker.server._busy)

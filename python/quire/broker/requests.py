@@ -23,10 +23,11 @@ from quire.broker.world import Name
 from quire.errors import Malformed, QuotaExceeded
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Coroutine
+    from collections.abc import Callable, Coroutine, Iterator
 
     from quire.broker.config import Config
     from quire.broker.factory import Announcer
+    from quire.broker.leases import Lease
     from quire.broker.protocol import Reply
     from quire.broker.revocation import Revoker
     from quire.broker.sessions import Session
@@ -40,6 +41,7 @@ __all__ = ["Requests"]
 PAGE = _native.PAGE_SIZE
 _INLINE_BYTES = 256 << 10
 _MAX_HOLDERS = 500
+_HOLDERS_AT_ONCE = 32
 # Half of what a lender may make of it, so that a lessee cannot keep parts from being taken back.
 _MAX_GIVEN_PARTS = MAX_PARTS // 2
 
@@ -306,24 +308,50 @@ class Requests:
         # One that was revoked at the same moment is gone, which is what was wanted.
         return protocol.Done(message.id), []
 
-    def _holders(self, session: Session, message: protocol.Holders) -> Answer:
+    def _holders(self, session: Session, message: protocol.Holders) -> Answer | Coroutine[None, None, Answer]:
         memory = self._memory(session, message.handle, Rights.LEND)
         # A look at all of many thousands would keep others waiting.
         shown = list(itertools.islice(memory.leases, _MAX_HOLDERS))
-        found = [
+        if len(shown) > _HOLDERS_AT_ONCE:
+            return self._many_holders(session, message, memory, shown)
+        found = [row for lease in shown for row in self._holder_rows(lease)]
+        return self._holder_list(message, memory, shown, found)
+
+    async def _many_holders(
+        self, session: Session, message: protocol.Holders, memory: Memory, shown: list[Lease]
+    ) -> Answer:
+        found: list[protocol.Holder] = []
+
+        def look() -> Iterator[None]:
+            for index, lease in enumerate(shown, 1):
+                found.extend(self._holder_rows(lease))
+                if index % _HOLDERS_AT_ONCE == 0:
+                    yield
+
+        await self._turns.run(session.uid, look())
+        return self._holder_list(message, memory, shown, found)
+
+    @staticmethod
+    def _holder_rows(lease: Lease) -> list[protocol.Holder]:
+        session = lease.session
+        return [
             protocol.Holder(
-                lease.session.number,
-                lease.session.pid,
-                lease.session.uid,
+                session.number,
+                session.pid,
+                session.uid,
                 start,
                 stop - start,
                 lease.write,
-                lease.session.port is not None,
+                session.port is not None,
             )
-            for lease in shown
             for start, stop in lease.spans
         ]
-        more = max(0, len(found) - _MAX_HOLDERS) + len(memory.leases) - len(shown)
+
+    @staticmethod
+    def _holder_list(
+        message: protocol.Holders, memory: Memory, shown: list[Lease], found: list[protocol.Holder]
+    ) -> Answer:
+        more = max(0, len(found) - _MAX_HOLDERS) + max(0, len(memory.leases) - len(shown))
         return protocol.HolderList(message.id, found[:_MAX_HOLDERS], more), []
 
     async def _revoke(self, session: Session, message: protocol.Revoke) -> Answer:

@@ -50,7 +50,7 @@ _REPLIES = 2 * protocol.MAX_OUTSTANDING
 _FOR_CONNECTIONS = 1024
 _ACCEPT_AGAIN_SECONDS = 0.1
 _ACCEPT_AT_ONCE = 2
-_SWITCH_SECONDS = 0.0002
+_SWITCH_SECONDS = 0.00002
 
 _FAULTS: list[tuple[type[BaseException], str]] = [
     (QuotaExceeded, "quota"),
@@ -547,7 +547,8 @@ def serve(path: str | None, config: Config) -> int:
     guardian_pid = int(os.environ.pop(guardian.GUARDIAN, "0"))
     keeper = Keeper(os.environ.pop("NOTIFY_SOCKET", None), found, replaceable=bool(guardian_pid))
     guarding = Guarding(keeper, listener, path or "", config.log_format) if guardian_pid else None
-    # Threads look through /proc of clients; the loop must not wait for one of them for as long as 5 ms.
+    # Threads look through /proc of clients and write the log. The loop must not wait for one of them for 5 ms
+    # each time that it comes back from the kernel.
     sys.setswitchinterval(_SWITCH_SECONDS)
     writer = events.start(sys.stderr.fileno(), form=config.log_format, level=config.log_level)
     try:
