@@ -149,7 +149,7 @@ def test_a_rate_counts_what_requests_cost() -> None:
     assert rate.take(101, 0) == pytest.approx(0.001), "no more than a tenth of a second's is saved"
 
 
-def test_a_long_list_of_holders_is_made_in_several_turns(broker, owner) -> None:
+def test_a_long_list_of_holders_is_made_in_several_turns(owner) -> None:
     handle, own = owner.memory(PAGE)
     leases = [owner.lease(handle) for _ in range(100)]
     listed = owner.holders(handle)
