@@ -78,6 +78,10 @@ def carried_out(session: Session, message: protocol.Request, reply: protocol.Rep
     _log.handle(record)
 
 
+# `json.dumps` with arguments makes one each time.
+_ENCODER = json.JSONEncoder(default=repr)
+
+
 class JsonFormatter(logging.Formatter):
     """One JSON object a line: ``time``, ``level``, ``event``, and the fields of the event."""
 
@@ -92,7 +96,7 @@ class JsonFormatter(logging.Formatter):
         }
         if record.exc_info:
             line["exception"] = self.formatException(record.exc_info)
-        return json.dumps(line, default=repr)
+        return _ENCODER.encode(line)
 
 
 class TextFormatter(logging.Formatter):
