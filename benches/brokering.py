@@ -218,5 +218,5 @@ def measure(plan: Plan) -> list[Row]:
                 row.ours.append(ours)
                 for peer, seconds in zip(row.peers, figures, strict=True):
                     peer.seconds.append(seconds)
-    call.bounds = "Python at both ends: an event loop, decoding and a thread that reads the answers"
+    call.bounds = "Python at both ends: an event loop and decoding; the rest is two changes of process"
     return rows
