@@ -444,7 +444,7 @@ def test_whoever_reads_the_log_slowly_stops_nobody(blocking) -> None:
             drained: list[str] = []
             draining = threading.Thread(target=lambda: drained.extend(reader))
             draining.start()
-            until(events._log.handlers[0].queue.empty)
+            until(lambda: not events._log.handlers[0].waiting)
             events._log.info("disconnected")
         finally:
             writer.stop()

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import asyncio
 import datetime as dt
 import json
 import logging
-import logging.handlers
 import os
 import queue
 import select
 import threading
+from collections import deque
 from typing import TYPE_CHECKING, Any
 
 from quire.broker import protocol
@@ -23,6 +24,7 @@ __all__ = ["JsonFormatter", "TextFormatter", "carried_out", "client_fields", "st
 _log = logging.getLogger("quire.broker")
 _CAPACITY = 4096
 _END_SECONDS = 2.0
+_TOGETHER_SECONDS = 0.005
 _NOT_LOGGED = {"id", "session", "rights", "users"}
 _ROUTINE = {
     protocol.Ping,
@@ -110,33 +112,47 @@ class TextFormatter(logging.Formatter):
         return f"{line}\n{self.formatException(record.exc_info)}" if record.exc_info else line
 
 
-class _Handler(logging.handlers.QueueHandler):
+class _Handler(logging.Handler):
     """Hands records to the thread that writes them. What does not fit is counted, never waited for.
 
     A client that makes events faster than they can be written must not stop the broker, nor fill its memory.
+    In an event loop the thread is woken a few milliseconds later, for all that has come until then: to be
+    woken for each would keep the loop waiting for the interpreter's lock.
     """
 
-    def __init__(self, records: queue.SimpleQueue[Any], capacity: int) -> None:
-        super().__init__(records)
-        self._records = records
+    def __init__(self, capacity: int) -> None:
+        super().__init__()
+        self.waiting: deque[logging.LogRecord] = deque()
+        # True is to look at what waits, False to do so once more and end.
+        self.wakes: queue.SimpleQueue[bool] = queue.SimpleQueue()
         self._capacity = capacity
         self._lost = 0
+        self._told = False
 
-    def prepare(self, record: logging.LogRecord) -> logging.LogRecord:
-        """Leave the record whole: it stays in this process."""
-        return record
-
-    def enqueue(self, record: logging.LogRecord) -> None:
-        """Put it into the queue, or count it."""
-        if self._records.qsize() >= self._capacity:
+    def emit(self, record: logging.LogRecord) -> None:
+        """Let a record wait, or count it."""
+        if len(self.waiting) >= self._capacity:
             self._lost += 1
             return
         if self._lost:
             text = f"{self._lost} events were lost: they came faster than they could be written"
-            notice = logging.LogRecord(record.name, logging.WARNING, __file__, 0, text, None, None, "enqueue")
-            self._records.put(notice)
+            self.waiting.append(
+                logging.LogRecord(record.name, logging.WARNING, __file__, 0, text, None, None, "emit")
+            )
             self._lost = 0
-        self._records.put(record)
+        self.waiting.append(record)
+        if not self._told:
+            self._told = True
+            try:
+                loop = asyncio.get_running_loop()
+            except RuntimeError:
+                self._wake()
+            else:
+                loop.call_later(_TOGETHER_SECONDS, self._wake)
+
+    def _wake(self) -> None:
+        self._told = False
+        self.wakes.put(True)
 
 
 class _Stream:
@@ -163,22 +179,23 @@ class _Stream:
 class Writer:
     """The thread that writes the log."""
 
-    def __init__(
-        self, records: queue.SimpleQueue[logging.LogRecord | None], handler: logging.Handler
-    ) -> None:
+    def __init__(self, source: _Handler, handler: logging.Handler) -> None:
         """Begin."""
-        self._records = records
+        self._source = source
         self._handler = handler
         self._thread = threading.Thread(target=self._run, name="quire-log", daemon=True)
         self._thread.start()
 
     def _run(self) -> None:
-        while (record := self._records.get()) is not None:
-            self._handler.handle(record)
+        more = True
+        while more:
+            more = self._source.wakes.get()
+            while self._source.waiting:
+                self._handler.handle(self._source.waiting.popleft())
 
     def stop(self) -> None:
         """Wait until everything is written, or until nobody has read for 2 seconds."""
-        self._records.put(None)
+        self._source.wakes.put(False)
         self._thread.join(_END_SECONDS)
 
 
@@ -198,11 +215,11 @@ def start(descriptor: int, *, form: str, level: str, capacity: int = _CAPACITY) 
     handler.setFormatter(_formatter(form))
     # One thread uses it. The end of the interpreter would wait for a lock that it holds while nobody reads.
     handler.lock = None
-    records: queue.SimpleQueue[Any] = queue.SimpleQueue()
-    _log.handlers = [_Handler(records, capacity)]
+    source = _Handler(capacity)
+    _log.handlers = [source]
     _log.setLevel(level.upper())
     _log.propagate = False
-    return Writer(records, handler)
+    return Writer(source, handler)
 
 
 def tell(descriptor: int, form: str, event: str) -> None:
