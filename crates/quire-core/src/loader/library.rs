@@ -17,7 +17,7 @@ use crate::sys::{dl, memfd};
 use crate::{Error, Result};
 
 /// Objects with less than this to leave out are loaded whole: what keeps track of it would take as much.
-const WORTH_BYTES: u64 = 256 << 10;
+const WORTH_BYTES: u64 = 64 << 10;
 /// What is copied at once into a file that is loaded whole.
 const COPY_BYTES: usize = 1 << 20;
 /// Dynamic linkers ignore entries whose tag they do not know; this one is in the range kept for operating systems.
