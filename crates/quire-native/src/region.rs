@@ -57,8 +57,8 @@ fn discard(name: &str) -> Result<Discard> {
 
 /// Note, for later processes, what was touched of the shared objects that this one loaded.
 #[pyfunction]
-pub fn remember_touched(py: Python<'_>) -> Result<()> {
-    Ok(py.detach(quire_core::region::remember_all)?)
+pub fn remember_touched(py: Python<'_>) {
+    py.detach(quire_core::region::remember_all);
 }
 
 /// Make the file of a shared region; the descriptor is the caller's.

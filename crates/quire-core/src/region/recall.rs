@@ -89,21 +89,17 @@ impl Region {
 }
 
 /// Remember what was touched of all regions: the process is about to end.
-///
-/// # Errors
-/// Forks cannot be waited for.
-pub fn remember_all() -> Result<()> {
+pub fn remember_all() {
     for region in registry::all() {
         // One that is closed, or cannot tell, has no notes: they only make later processes faster.
         let _noted = region.remember();
     }
-    Ok(())
 }
 
 /// Nothing was filled for a while: note what was until now, and give up what would fill the next faster.
 pub fn rest_all() -> Result<()> {
+    remember_all();
     for region in registry::all() {
-        let _noted = region.remember();
         // Closed in between: then there is nothing to give up.
         let _rested = region.rest();
     }
