@@ -442,7 +442,11 @@ impl Paged {
             let start = bias + (segment.address / PAGE * PAGE) as usize;
             pagemap.private_pages(start, PageRange::new(0, pages.len), &mut copies)?;
             copies.iter_mut().for_each(|copy| copy.start += pages.start);
-            for hidden in shown.iter().fold(copies, |left, shown| subtract(&left, &[*shown])) {
+            // Pages at its ends may have what is in no segment: section headers and their names, for debuggers.
+            let first = PageRange::between(pages.start, segment.offset.div_ceil(PAGE));
+            let last = PageRange::between((segment.offset + segment.file_bytes) / PAGE, pages.end());
+            let kept = shown.iter().chain([&first, &last]).filter(|range| range.len > 0);
+            for hidden in kept.fold(copies, |left, kept| subtract(&left, &[*kept])) {
                 memfd::punch_hole(file, hidden.start * PAGE, hidden.len * PAGE)?;
             }
         }
