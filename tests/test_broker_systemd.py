@@ -18,6 +18,7 @@ import quire
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 UNITS = ROOT / "examples" / "systemd"
 SYSTEMD = "/lib/systemd/systemd"
+MODULES = "/run/test/quire:/run/test/modules"
 
 # It ends with this process, however that ends.
 ENTER = (
@@ -34,9 +35,11 @@ mkdir /run/over /run/work
 mount -t overlay overlay -o lowerdir=/etc,upperdir=/run/over,workdir=/run/work /etc
 mount -t tmpfs tmpfs /etc/systemd/system
 mount -t tmpfs tmpfs /usr/local/bin
-mount -t tmpfs tmpfs /opt
-mkdir /opt/python /etc/quire
-mount --bind "$PREFIX" /opt/python
+# Wherever they lie: folders that the broker's user cannot enter, or that are covered below.
+mkdir -p /run/test/python /run/test/quire /run/test/modules /etc/quire
+mount --bind "$PREFIX" /run/test/python
+mount --bind "$QUIRE" /run/test/quire
+mount --bind "$SITE" /run/test/modules
 if mountpoint -q /sys/fs/cgroup/unified; then
     mount -t tmpfs cgroups /sys/fs/cgroup
     mkdir /sys/fs/cgroup/systemd /sys/fs/cgroup/unified
@@ -60,7 +63,7 @@ mount -o remount,bind,ro /
 echo quire:x:64987:64987::/:/usr/sbin/nologin >> /etc/passwd
 echo quire:x:64987: >> /etc/group
 echo 'limit_bytes = 67_108_864' > /etc/quire/broker.toml
-printf '#!/bin/sh\\nexport PYTHONPATH=%s\\nexec /opt/python/bin/%s -m quire "$@"\\n' \\
+printf '#!/bin/sh\\nexport PYTHONPATH=%s\\nexec /run/test/python/bin/%s -m quire "$@"\\n' \\
     "$MODULES" "$PYTHON" > /usr/local/bin/quire
 chmod 755 /usr/local/bin/quire
 exec env -i container=test PATH=/usr/sbin:/usr/bin:/sbin:/bin \\
@@ -124,16 +127,12 @@ class Machine:
 
     def python(self, script: str) -> str:
         """Run a Python script in it."""
-        begin = ["env", f"PYTHONPATH={modules()}", f"/opt/python/bin/{interpreter()}", "-c"]
+        begin = ["env", f"PYTHONPATH={MODULES}", f"/run/test/python/bin/{interpreter()}", "-c"]
         return self.run(*begin, textwrap.dedent(script))
 
 
 def interpreter() -> str:
     return f"python{sys.version_info[0]}.{sys.version_info[1]}"
-
-
-def modules() -> str:
-    return f"{pathlib.Path(quire.__file__).parents[1]}:{sysconfig.get_path('purelib')}"
 
 
 @pytest.fixture
@@ -146,7 +145,9 @@ def machine(tmp_path: pathlib.Path):
         "PATH": os.environ["PATH"],
         "PREFIX": sys.base_prefix,
         "PYTHON": interpreter(),
-        "MODULES": modules(),
+        "QUIRE": str(pathlib.Path(quire.__file__).parents[1]),
+        "SITE": sysconfig.get_path("purelib"),
+        "MODULES": MODULES,
         "UNITS": str(UNITS),
     }
     with (tmp_path / "log").open("wb") as log:
