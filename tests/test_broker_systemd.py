@@ -141,6 +141,27 @@ def machine(tmp_path: pathlib.Path):
         pytest.skip("only root can start systemd in namespaces")
     if not os.path.exists(SYSTEMD) or not shutil.which("nsenter"):
         pytest.skip(f"needs {SYSTEMD} and nsenter: apt-get install systemd util-linux")
+    tried = subprocess.run(
+        [
+            "unshare",
+            "--mount",
+            "--pid",
+            "--fork",
+            "--uts",
+            "--ipc",
+            "--cgroup",
+            "mount",
+            "-t",
+            "tmpfs",
+            "tmpfs",
+            "/mnt",
+        ],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if tried.returncode != 0:
+        pytest.skip(f"this root may not make namespaces and mount in them: {tried.stderr}")
     environment = {
         "PATH": os.environ["PATH"],
         "PREFIX": sys.base_prefix,
