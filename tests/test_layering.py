@@ -10,7 +10,7 @@ PACKAGE = Path(__file__).parents[1] / "python" / "quire"
 # Lowest first. A module may import from lower layers only; modules of one layer do not know each other.
 LAYERS = [
     {"errors"},
-    {"_native", "matching"},
+    {"_native", "ancillary", "matching"},
     {
         "advice",
         "arrays",

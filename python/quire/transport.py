@@ -6,18 +6,17 @@ The mode of the socket is never changed: every call passes MSG_DONTWAIT and wait
 from __future__ import annotations
 
 import array
-import contextlib
 import errno
 import fcntl
 import math
 import os
 import select
 import socket
-import threading
 import time
 from typing import TYPE_CHECKING, NoReturn
 
 from quire import _native, messages
+from quire.ancillary import discard, is_shared_memory, rights
 from quire.errors import Malformed, NotImmutable, Stalled
 
 if TYPE_CHECKING:
@@ -83,7 +82,7 @@ class Message:
 
     def close(self) -> None:
         """Close the descriptors that nobody took."""
-        _discard(self.take_descriptors())
+        discard(self.take_descriptors(), _DISCARD_PATIENCE)
 
     def __enter__(self) -> Self:
         """Return the message itself."""
@@ -94,40 +93,6 @@ class Message:
     ) -> None:
         """Close the descriptors that nobody took."""
         self.close()
-
-
-def _is_shared_memory(descriptor: int) -> bool:
-    """Whether it is of a file system that seals; asks nobody but the kernel, so it cannot hang."""
-    try:
-        fcntl.fcntl(descriptor, fcntl.F_GET_SEALS)
-    except OSError:
-        return False
-    return True
-
-
-def _discard(descriptors: Sequence[int]) -> None:
-    """Close descriptors that a peer sent.
-
-    Closing a file of FUSE waits, beyond the reach of any signal, for whoever serves it, who may be the peer.
-    So that is left to a thread; ordinary descriptors are closed when this returns.
-    """
-    slow = []
-    for descriptor in descriptors:
-        if _is_shared_memory(descriptor):
-            os.close(descriptor)
-        else:
-            slow.append(descriptor)
-    if slow:
-        thread = threading.Thread(target=_close_all, args=(slow,), name="quire-discard", daemon=True)
-        thread.start()
-        thread.join(_DISCARD_PATIENCE)
-
-
-def _close_all(descriptors: Sequence[int]) -> None:
-    for descriptor in descriptors:
-        # Linux has closed it, whatever close() reports.
-        with contextlib.suppress(OSError):
-            os.close(descriptor)
 
 
 class Progress:
@@ -319,7 +284,7 @@ def _send(
     # others waiting first would be wrong: poll sees room only when three quarters of the buffer are free.
     full = own_timeout is not None and own_timeout > 0
     rest = memoryview(data)
-    ancillary = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", descriptors))] if descriptors else []
+    ancillary = rights(descriptors)
     while rest:
         if full and not deadline.wait(sock, select.POLLOUT):
             deadline.stalled("took no more than", len(data) - len(rest))
@@ -425,7 +390,7 @@ def assemble_snapshot(message: Message, known: Mapping[bytes, int]) -> _native.S
         raise Malformed(
             f"message leaves out {len(missing)} layers that were not sent before, first {missing[0]}"
         )
-    if not all(map(_is_shared_memory, message.descriptors)):
+    if not all(map(is_shared_memory, message.descriptors)):
         raise NotImmutable("a descriptor that came with the message is no memfd")
     attached = iter(message.take_descriptors())
     descriptors: list[int] = []

@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import errno
 import fcntl
 import os
 import socket
 import struct
 import termios
-import threading
 import time
 from collections import deque
 from typing import TYPE_CHECKING
 
-from quire.broker.ancillary import ROOM_BYTES, received, rights
+from quire.ancillary import ROOM_BYTES, discard, received, rights
 from quire.broker.protocol import MAX_OUTSTANDING, WITH_DESCRIPTORS, FrameReader, decode_request, encode
 from quire.broker.rates import Rate
 from quire.errors import Malformed
@@ -27,7 +25,7 @@ if TYPE_CHECKING:
     from quire.broker.sessions import Session
     from quire.broker.turns import Turns
 
-__all__ = ["Connection", "Limits", "discard"]
+__all__ = ["Connection", "Limits"]
 
 _READ_BYTES = 1 << 16
 _WRITE_BYTES = 1 << 14
@@ -35,31 +33,6 @@ _MAX_UNSENT_BYTES = 4 << 20
 _MAX_UNREAD_DESCRIPTORS = 128
 _RETRY_SECONDS = 0.005
 SO_PEERPIDFD = 77
-
-
-def discard(descriptors: list[int]) -> None:
-    """Close descriptors that a peer sent and nobody wants.
-
-    Closing a file of FUSE waits for whoever serves it, who may be the peer, so all but shared memory is left
-    to a thread.
-    """
-    slow = []
-    for descriptor in descriptors:
-        try:
-            fcntl.fcntl(descriptor, fcntl.F_GET_SEALS)
-        except OSError:
-            slow.append(descriptor)
-        else:
-            os.close(descriptor)
-    if slow:
-        threading.Thread(target=_close_all, args=(slow,), name="quire-discard", daemon=True).start()
-
-
-def _close_all(descriptors: list[int]) -> None:
-    for descriptor in descriptors:
-        # Linux has closed it, whatever close() reports.
-        with contextlib.suppress(OSError):
-            os.close(descriptor)
 
 
 class Limits:

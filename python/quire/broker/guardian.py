@@ -17,8 +17,8 @@ import struct
 import sys
 from typing import TYPE_CHECKING
 
+from quire.ancillary import ROOM_BYTES, received
 from quire.broker import events
-from quire.broker.ancillary import ROOM_BYTES, received
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import socket
 
-from quire.broker.ancillary import rights
+from quire.ancillary import rights
 
 __all__ = ["Keeper", "inherited"]
 

@@ -15,8 +15,8 @@ from collections import deque
 from concurrent.futures import Future
 from typing import TYPE_CHECKING, Any, TypeAlias
 
+from quire.ancillary import ROOM_BYTES, received, rights
 from quire.broker import protocol
-from quire.broker.ancillary import ROOM_BYTES, received, rights
 from quire.errors import ForkedError, Malformed, NotImmutable, QuotaExceeded, Revoked, Stalled, Unsupported
 
 if TYPE_CHECKING:

@@ -12,9 +12,9 @@ import os
 from typing import TYPE_CHECKING, Any, TypeAlias, cast, get_args
 
 from quire import _native
+from quire.ancillary import discard
 from quire.broker import objects, protocol, rows
 from quire.broker.banks import Amount, Bank
-from quire.broker.connection import discard
 from quire.broker.crashpoints import crash_point
 from quire.broker.leases import MAX_PARTS
 from quire.broker.objects import Factory, Held, Memory, SnapshotObject

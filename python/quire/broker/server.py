@@ -15,9 +15,10 @@ import sys
 from collections import Counter, deque
 from typing import TYPE_CHECKING, Any
 
+from quire.ancillary import discard
 from quire.broker import events, guardian, protocol
 from quire.broker.banks import UNLIMITED, Amount
-from quire.broker.connection import Connection, Limits, discard
+from quire.broker.connection import Connection, Limits
 from quire.broker.crashpoints import crash_point
 from quire.broker.factory import Announcer
 from quire.broker.guarding import Guarding
